@@ -1,0 +1,22 @@
+"""The one exception that means: the input is wrong, and here is how to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake the user can fix; the launcher prints it as one sentence and exits with 1.
+
+    The message says what was wanted, what was found, where, and how to fix it. Raise it for files, directories, configs and
+    data; a mistake of the programmer stays a plain `ValueError` or `TypeError` with its traceback.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'? (known: x, y)` for the known name nearest to `name`, else `known: x, y`. Long lists only when needed."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    listed = f"known: {', '.join(known)}"
+    if not near:
+        return listed
+    return f"did you mean {near[0]!r}?" + (f" ({listed})" if len(known) <= 12 else "")

@@ -1,0 +1,63 @@
+"""Token embedding (tied with the output head) and the per-layer embeddings of E2B and E4B."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.model.linear import Dims, Grid, Linear, variable_dims
+from gemma4_jax.model.norm import RMSNorm
+
+
+class Embedding(nnx.Module):
+    """A table [V, width] read by rows, scaled by sqrt(scale_dim); the head multiplies by the same table.
+
+    Quantisation blocks run along a row, so a lookup rounds only the rows it reads.
+    """
+
+    def __init__(self, vocab: int, width: Dims, scale_dim: int, *, role: str, std: float, rngs: nnx.Rngs, dtype: str):
+        names, shape = variable_dims({"vocab": vocab}, width)
+        self.w = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * std, dims=names)
+        self.scale_dim = scale_dim
+        self.role = role
+        self.grid: Grid | None = None
+
+    def lookup(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Rows of int32 tokens [B, T] times sqrt(scale_dim) *rounded to dtype*, as bfloat16 checkpoints were trained."""
+        rows = self.w[...][tokens_BT]
+        if self.grid is not None:
+            rows = self.grid.fake_quant(rows, axis=-1)
+        return rows.astype(dtype) * jnp.asarray(self.scale_dim**0.5, dtype)
+
+    def rounded(self) -> jax.Array:
+        """The whole table as its grid holds it."""
+        return self.w[...] if self.grid is None else self.grid.fake_quant(self.w[...], axis=-1)
+
+
+class PerLayerInputs(nnx.Module):
+    """A small vector per token and layer: (token part + context part) / sqrt 2.
+
+    The token part is a table row times sqrt(P); the context part is RMSNorm(projection of the embedding / sqrt(D)).
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, dtype: str):
+        width = cfg.hidden_size_per_layer_input
+        per_layer = {"layers": cfg.num_hidden_layers, "per_layer": width}
+        self.table = Embedding(
+            cfg.vocab_size_per_layer_input or cfg.vocab_size,
+            {"layers_per_layer": cfg.num_hidden_layers * width},
+            width,
+            role="per_layer_embedding",
+            std=width**-0.5,
+            rngs=rngs,
+            dtype=dtype,
+        )
+        embed = {"embed": cfg.hidden_size}
+        self.projection = Linear(embed, per_layer, role="per_layer_projection", stack={}, rngs=rngs, dtype=dtype)
+        self.norm = RMSNorm({"per_layer": width}, cfg.rms_norm_eps, stack={}, dtype=dtype)
+
+    def __call__(self, tokens_BT: jax.Array, embedded_BTD: jax.Array) -> jax.Array:
+        """[L, B, T, P], layers first so that a scan over layers slices it."""
+        context = self.norm(self.projection(embedded_BTD) * embedded_BTD.shape[-1] ** -0.5)
+        token = self.table.lookup(tokens_BT, embedded_BTD.dtype).reshape(context.shape)
+        return jnp.moveaxis((context + token) * 2.0**-0.5, 2, 0)

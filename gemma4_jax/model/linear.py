@@ -1,0 +1,64 @@
+"""Weights and the linear map, with the one place where a weight can be quantised on its way to use."""
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Dims = Mapping[str, int]
+"""Ordered names and sizes of array dims; `gemma4_jax.sharding` maps the names to mesh axes."""
+
+
+class Buffer(nnx.Variable):
+    """State that checkpoints hold but no optimiser may touch (`layer_scalar`, clip bounds)."""
+
+
+class Grid(Protocol):
+    """What a weight may be rounded to; `gemma4_jax.quant.grids` has the real ones. Must be hashable."""
+
+    def fake_quant(self, w: jax.Array, axis: int) -> jax.Array:
+        """w rounded to the grid, blocks along `axis`, straight-through gradient; shape and dtype of w."""
+        ...
+
+
+def variable_dims(*groups: Dims) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and shape of a variable whose dims are the groups one after the other."""
+    names = tuple(name for group in groups for name in group)
+    return names, tuple(size for group in groups for size in group.values())
+
+
+class Weight(nnx.Module):
+    """A matrix [*stack, *inputs, *outputs] that knows which dims are contracted.
+
+    `role` is the name quantisation policies and adapters use for it; `grid` is set by a policy, never here.
+    """
+
+    def __init__(self, inputs: Dims, outputs: Dims, *, role: str, stack: Dims, rngs: nnx.Rngs, dtype: str):
+        names, shape = variable_dims(stack, inputs, outputs)
+        fan_in = math.prod(inputs.values())
+        self.w = nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * fan_in**-0.5, dims=names)
+        self.n_in, self.n_out = len(inputs), len(outputs)
+        self.role = role
+        self.grid: Grid | None = None
+
+    def rounded(self) -> jax.Array:
+        """The weight as its grid holds it, in its own shape and dtype; the weight itself without a grid.
+
+        Leading dims (stack, experts) stay apart; blocks run along the flattened input dims.
+        """
+        w = self.w[...]
+        if self.grid is None:
+            return w
+        cut = w.ndim - self.n_in - self.n_out
+        flat = w.reshape(*w.shape[:cut], math.prod(w.shape[cut : cut + self.n_in]), -1)
+        return self.grid.fake_quant(flat, axis=-2).reshape(w.shape)
+
+
+class Linear(Weight):
+    """y[..., *outputs] = x[..., *inputs] . w; computes in the dtype of x."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.tensordot(x, self.rounded().astype(x.dtype), axes=self.n_in)

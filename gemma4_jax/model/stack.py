@@ -1,0 +1,107 @@
+"""A stack of equal blocks, scanned: inside a block first the sliding layers, then the full one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from gemma4_jax.config import LayerKind, ModelConfig, Stack
+from gemma4_jax.model.attention import Places
+from gemma4_jax.model.kv import KV
+from gemma4_jax.model.layer import Layer
+
+SharedKV = dict[LayerKind, tuple[jax.Array, jax.Array]]
+Collect = Callable[[LayerKind, jax.Array, jax.Array], Any]
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "save_projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""Remat policies by name: keep everything; keep only each layer's input; keep the outputs of weight matmuls too."""
+
+
+class LayerStack(nnx.Module):
+    """`plan.blocks` blocks whose parameters are stacked: sliding layers [blocks, n, ...], full layers [blocks, ...].
+
+    One block is traced however deep the model is. Remat, if any, is per layer.
+    """
+
+    def __init__(self, cfg: ModelConfig, plan: Stack, *, rngs: nnx.Rngs, dtype: str):
+        blocks = {"blocks": plan.blocks}
+        inner = {**blocks, "layers_in_block": plan.sliding}
+        self.sliding = Layer(cfg, "sliding", plan.owns_kv, plan.ffw, stack=inner, rngs=rngs, dtype=dtype)
+        self.full = Layer(cfg, "full", plan.owns_kv, plan.ffw, stack=blocks, rngs=rngs, dtype=dtype)
+        self.plan = plan
+
+    def __call__(
+        self,
+        h_BTD: jax.Array,
+        per_layer_LBTP: jax.Array | None,
+        places: Places,
+        shared: SharedKV | None,
+        *,
+        remat: str,
+        hand_on: bool = False,
+        collect: Collect | None = None,
+    ) -> tuple[jax.Array, SharedKV | None, Any]:
+        """Runs the stack.
+
+        Args:
+          h_BTD: residual stream.
+          per_layer_LBTP: per-layer inputs of this stack's layers, or None.
+          places: positions, segments, rotations.
+          shared: k, v by kind that this stack reads (where it owns none), else None.
+          remat: a key of `REMAT`.
+          hand_on: also return the last layers' k, v by kind. They travel in the scan's carry: taken from stacked
+            outputs they cost 52 MB of temporaries against 10.4 MB (E2B structure, DESIGN.md decision 2).
+          collect: what to keep of every layer's k, v (cache filling); stacked like the parameters.
+
+        Returns:
+          residual stream, k and v by kind (or None), (collected of sliding layers, of full layers).
+        """
+        plan = self.plan
+
+        def run(layer: Layer, h: jax.Array, per_layer: jax.Array | None):
+            kind = layer.attention.kind
+            if shared is not None:
+                source = KV(*shared[kind], places.positions, places.segment_ids, aligned=True)
+            else:
+                source = lambda k, v: KV(k, v, places.positions, places.segment_ids, aligned=True)  # noqa: E731
+            h, kv = layer(h, per_layer, places, source)
+            kept = collect(kind, kv.k, kv.v) if collect is not None else None
+            return h, ((kv.k, kv.v) if hand_on else None), kept
+
+        if remat != "none":
+            run = jax.checkpoint(run, policy=REMAT[remat])
+
+        def sliding_step(carry, xs):
+            h, _ = carry
+            h, handed, kept = run(xs[0], h, xs[1])
+            return (h, handed), kept
+
+        def block_step(carry, xs):
+            h, handed_sliding, _ = carry
+            sliding, full, per_layer_sliding, per_layer_full = xs
+            (h, handed_sliding), kept_sliding = jax.lax.scan(
+                sliding_step, (h, handed_sliding), (sliding, per_layer_sliding)
+            )
+            h, handed_full, kept_full = run(full, h, per_layer_full)
+            return (h, handed_sliding, handed_full), (kept_sliding, kept_full)
+
+        sliding_inputs = full_inputs = None
+        if per_layer_LBTP is not None:
+            inputs = per_layer_LBTP.reshape(plan.blocks, plan.block_size, *per_layer_LBTP.shape[1:])
+            sliding_inputs, full_inputs = inputs[:, :-1], inputs[:, -1]
+        start = (h_BTD, *self._nothing_yet(h_BTD, hand_on))
+        xs = (self.sliding, self.full, sliding_inputs, full_inputs)
+        (h, handed_sliding, handed_full), kept = jax.lax.scan(block_step, start, xs)
+        return h, ({"sliding": handed_sliding, "full": handed_full} if hand_on else None), kept
+
+    def _nothing_yet(self, h_BTD: jax.Array, hand_on: bool):
+        """The k, v that the scan's carry starts with; every layer overwrites them unread."""
+        if not hand_on:
+            return None, None
+        shapes = [layer.attention.kv_shape(h_BTD) for layer in (self.sliding, self.full)]
+        return tuple((jax.numpy.zeros(shape, h_BTD.dtype),) * 2 for shape in shapes)
