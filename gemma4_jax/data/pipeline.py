@@ -1,0 +1,197 @@
+"""The settings of the data, and the loader that serves batches of them."""
+
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from gemma4_jax.data.chat import RowEncoder
+from gemma4_jax.data.pack import Batch
+from gemma4_jax.data.rows import RowTable
+from gemma4_jax.data.source import FileRows
+from gemma4_jax.errors import UserError, did_you_mean
+from gemma4_jax.options import option
+from gemma4_jax.processor import Processor
+
+if TYPE_CHECKING:
+    from grain import DatasetIterator
+
+    from gemma4_jax.data.summary import Summary
+
+Kind = Literal["chat", "qa", "text"]
+Document = Literal["file", "paragraph", "line"]
+TrainOn = Literal["assistant", "last"]
+OnBadRow = Literal["skip", "error"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which rows, and how they become batches.
+
+    `kind` "chat": JSONL of {"messages": [...], "tools": [...]}. "qa": JSONL with `prompt_field` and `response_field`, a chat of
+    two turns. "text": JSONL of {"text": ...} for files named .jsonl, else plain text whose documents are files, paragraphs
+    (between blank lines) or lines; every token is trained, and a document longer than a sequence is cut into pieces.
+    """
+
+    paths: str | tuple[str, ...] = option(help="files or glob patterns, separated by commas or as a tuple")
+    kind: Kind = option("chat", "what a row is: a chat, question and answer fields, or text")
+    seq_len: int = option(2048, "tokens in a sequence")
+    batch_size: int = option(8, "sequences in a batch of one process")
+    packing: bool = option(True, "several examples to a sequence")
+    shuffle: bool = option(True, "another order of rows in each epoch")
+    seed: int = option(0, "of the order of rows")
+    epochs: int | None = option(None, "passes over the rows; none: no end", may_change=True)
+    train_on: TrainOn = option("assistant", "every assistant message, or only those of the last model turn")
+    enable_thinking: bool = option(False, "write the chats with thinking on, and train on their thoughts")
+    on_bad_row: OnBadRow = option("skip", "count a row that cannot be used, or stop at it")
+    prompt_field: str = option("question", 'of kind "qa"')
+    response_field: str = option("answer", 'of kind "qa"')
+    text_field: str = option("text", 'of kind "text" in JSONL files')
+    document: Document = option("file", "what a document is in plain text files")
+    split_long: bool = option(True, "cut long text into pieces; off: a text longer than seq_len is a bad row")
+    pack_window: int = option(8192, "rows packed together")
+    check_rows: int = option(20_000, "rows to count before step 1; of more rows, so many are sampled", may_change=True)
+    cache_mb: int = option(512, "memory for tokenised rows", may_change=True)
+    prefetch: int = option(2, "batches made ahead by a thread; 0: none", may_change=True)
+
+    def __post_init__(self) -> None:
+        paths = self.paths.split(",") if isinstance(self.paths, str) else self.paths
+        object.__setattr__(self, "paths", tuple(path.strip() for path in paths))
+        if not all(self.paths):
+            raise UserError("data.paths names the files to read; one of them is empty.")
+        for name, kind in (("kind", Kind), ("document", Document), ("train_on", TrainOn), ("on_bad_row", OnBadRow)):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise UserError(f"data.{name} is {value!r}; {did_you_mean(str(value), get_args(kind))}.")
+        least = {"seq_len": 2, "batch_size": 1, "pack_window": 1, "check_rows": 1, "cache_mb": 0, "prefetch": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"data.{name} is at least {minimum}, got {getattr(self, name)}.")
+        if self.epochs is not None and self.epochs < 1:
+            raise UserError(f"data.epochs is none or at least 1, got {self.epochs}.")
+        if self.kind == "text":
+            _ = self.text_is_json  # refuses a mixture
+
+    @property
+    def text_is_json(self) -> bool:
+        """Text files are JSONL. Raises UserError when some are and some are not."""
+        json_lines = {path.endswith((".jsonl", ".json")) for path in self.paths}
+        if len(json_lines) > 1:
+            raise UserError(f"data.paths mixes JSONL and plain text: {', '.join(self.paths)}; convert one of them.")
+        return json_lines == {True}
+
+
+class Loader(Iterator[Batch]):
+    """Batches (see `pack.collate`) of one process, with a state that resumes exactly.
+
+    Attributes:
+        summary: what the data are, counted before the first batch.
+    """
+
+    def __init__(
+        self, config: DataConfig, processor: Processor, *, process_index: int = 0, process_count: int = 1
+    ) -> None:
+        """Indexes the files and counts rows. Use `make_loader`."""
+        from grain.experimental import ThreadPrefetchIterDataset  # with grain, a second to import: not for a --help
+
+        from gemma4_jax.data.batches import BatchDataset, Plan
+        from gemma4_jax.data.summary import summarise
+
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index runs from 0 to {process_count - 1}, got {process_index}.")
+        line_rows = config.kind != "text" or config.text_is_json
+        source = FileRows(config.paths, "line" if line_rows else config.document)
+        table = RowTable(
+            source,
+            RowEncoder(config, processor),
+            raise_bad=config.on_bad_row == "error",
+            cache_bytes=config.cache_mb << 20,
+        )
+        self._plan = Plan(
+            table, config.seq_len, config.pack_window, config.packing, config.shuffle, config.seed, config.epochs
+        )
+        self._global_batch = config.batch_size * process_count
+        files = [str(path) for path in source.files]
+        self.summary: Summary = summarise(self._plan, files, self._global_batch, config.check_rows)
+        # What decides which example is where: a state is good only for data where all of it is the same.
+        self._identity = {
+            "rows": len(source),
+            "bytes": source.num_bytes,
+            "global_batch": self._global_batch,
+            **{name: getattr(config, name) for name in _ORDER_FIELDS},
+            "vocab_size": processor.vocab_size,
+        }
+        pad = processor.tokenizer.special.pad
+        batches = BatchDataset(self._plan, config.batch_size, pad, process_index, process_count)
+        # A list of one, emptied by `close`: Grain's iterator must be gone before the interpreter takes its modules down,
+        # or it complains; the finalizer sees to that when nobody calls `close`.
+        self._open = [iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch))]
+        self._close = weakref.finalize(self, _close, self._open)
+        self._start = self._iterator.get_state()
+
+    @property
+    def _iterator(self) -> "DatasetIterator[Batch]":
+        if not self._open:
+            raise ValueError("This Loader has been closed; make another one.")
+        return self._open[0]
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches from the first to the last, None when there is no end or not every row has been looked at."""
+        from gemma4_jax.data.batches import count_sequences
+
+        windows = self._plan.num_windows
+        if windows is None or not self._plan.table.known:
+            return None
+        return -(-sum(count for count, _ in count_sequences(self._plan, range(windows))) // self._global_batch)
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch comes from, for `restore`; JSON, the same on every process."""
+        return {"at": dict(self._iterator.get_state()), "data": dict(self._identity)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken, in this or another process, also with another number of processes.
+
+        Raises:
+            UserError: the state belongs to other data or other settings; names what differs.
+        """
+        saved = state["data"]
+        keys = [key for key in self._identity if saved.get(key) != self._identity[key]]
+        if keys:
+            changes = ", ".join(f"{key} was {saved.get(key)!r} and is {self._identity[key]!r}" for key in keys)
+            raise UserError(f"The data cannot go on where the checkpoint stopped: {changes}.")
+        self._iterator.set_state(dict(state["at"]))
+
+    def reset(self) -> None:
+        """Back to the first batch."""
+        self._iterator.set_state(dict(self._start))
+
+    def close(self) -> None:
+        """Stops the prefetching thread; the loader cannot be used afterwards."""
+        self._close()
+
+
+_ORDER_FIELDS = (
+    *("kind", "seq_len", "packing", "shuffle", "seed", "train_on", "enable_thinking", "on_bad_row"),
+    *("prompt_field", "response_field", "text_field", "document", "split_long", "pack_window"),
+)
+
+
+def _close(iterators: "list[DatasetIterator[Batch]]") -> None:
+    while iterators:
+        iterators.pop().close()
+
+
+def make_loader(config: DataConfig, processor: Processor, *, process_index: int = 0, process_count: int = 1) -> Loader:
+    """The batches of process `process_index` of `process_count`, each `config.batch_size` sequences.
+
+    The last batch of a finite number of epochs is filled up with padding (weight 0), so nothing is dropped and all processes
+    yield equally many. For evaluation: `epochs=1, shuffle=False`, and `reset()` before each pass.
+
+    Raises:
+        UserError: a file is missing or empty, no row is usable, or (on_bad_row="error") some row is not.
+    """
+    return Loader(config, processor, process_index=process_index, process_count=process_count)

@@ -1,0 +1,91 @@
+"""What came of every row so far: its length, or why it was skipped. Tokens of recent rows are kept, so most are made once."""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from gemma4_jax.data.chat import BadRow, Encoded
+from gemma4_jax.data.source import FileRows, Row
+
+UNKNOWN = -1
+BAD = 0  # a usable row has at least one target
+
+
+class RowTable:
+    """Lengths and tokens of rows by index, worked out on demand.
+
+    A row's outcome depends on nothing but its bytes and the settings, so every process and every resumed run sees the same.
+    Not for use by several threads at once.
+
+    Args:
+        source: rows by index.
+        encode: makes tokens of a row or raises BadRow.
+        raise_bad: raise the first BadRow instead of counting it.
+        cache_bytes: how much of tokenised rows to keep; the last one is kept whatever its size.
+    """
+
+    def __init__(
+        self, source: FileRows, encode: Callable[[Row], Encoded], *, raise_bad: bool, cache_bytes: int
+    ) -> None:
+        self._source = source
+        self._encode = encode
+        self._raise_bad = raise_bad
+        self._cache_bytes = cache_bytes
+        self._cached_bytes = 0
+        self._cache: OrderedDict[int, Encoded] = OrderedDict()
+        self._lengths = np.full(len(source), UNKNOWN, np.int64)
+        self._trained = np.zeros(len(source), np.int64)
+        self.skipped: Counter[str] = Counter()
+        self.first_bad: dict[str, str] = {}  # reason -> the message of the first row that had it
+        self.notes: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def known(self) -> bool:
+        """Every row has been looked at."""
+        return bool((self._lengths != UNKNOWN).all())
+
+    def length(self, index: int) -> int:
+        """Slots the row takes, 0 for a skipped one. Raises BadRow if the table was told to."""
+        if self._lengths[index] == UNKNOWN:
+            self._look_at(index)
+        return int(self._lengths[index])
+
+    def trained(self, index: int) -> int:
+        """Trained targets of a row whose length has been asked for."""
+        return int(self._trained[index])
+
+    def tokens(self, index: int) -> Encoded:
+        """The tokens of a usable row."""
+        encoded = self._cache.get(index)
+        if encoded is None:
+            encoded = self._encode(self._source[index])
+            self._keep(index, encoded)
+        else:
+            self._cache.move_to_end(index)
+        return encoded
+
+    def _look_at(self, index: int) -> None:
+        try:
+            encoded = self.tokens(index)
+        except BadRow as error:
+            if self._raise_bad:
+                raise
+            self._lengths[index] = BAD
+            self.skipped[error.reason] += 1
+            self.first_bad.setdefault(error.reason, str(error))
+            return
+        self._lengths[index] = len(encoded)
+        self._trained[index] = np.count_nonzero(encoded.trained)
+        if encoded.note:
+            self.notes[encoded.note] += 1
+
+    def _keep(self, index: int, encoded: Encoded) -> None:
+        self._cache[index] = encoded
+        self._cached_bytes += encoded.tokens.nbytes + encoded.trained.nbytes
+        while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
+            _, old = self._cache.popitem(last=False)
+            self._cached_bytes -= old.tokens.nbytes + old.trained.nbytes
