@@ -1,0 +1,156 @@
+"""The training loop: data, step, log, evaluate, sample, save."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from gemma4_jax.checkpoint.store import Store
+from gemma4_jax.errors import UserError
+from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.options import option
+from gemma4_jax.train.metrics import Meter, Recorder, Write
+from gemma4_jax.train.state import TrainState
+from gemma4_jax.train.step import TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much memory, and how often to look."""
+
+    steps: int = option(1000, "optimizer steps of the whole run")
+    grad_accum: int = option(1, "micro-batches a batch is cut into")
+    remat: Literal["none", "full", "save_projections"] = option("none", "what the backward pass computes again")
+    log_every: int = option(10, "steps between log lines", may_change=True)
+    eval_every: int = option(0, "steps between evaluations; 0: only after the last", may_change=True)
+    sample_every: int = option(0, "steps between printed samples; 0: none", may_change=True)
+    save_every: int = option(0, "steps between checkpoints; 0: only after the last", may_change=True)
+    keep: int = option(2, "newest checkpoints that stay on disk", may_change=True)
+    keep_best: bool = option(False, "also keep the checkpoint with the lowest evaluation loss", may_change=True)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "grad_accum", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is at least 1, got {getattr(self, name)}.")
+        for name in ("eval_every", "sample_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is at least 0, got {getattr(self, name)}.")
+
+
+class Batches(Iterator[dict[str, np.ndarray]], Protocol):
+    """An endless iterator of batches whose place can be saved (`data.pipeline.Loader`)."""
+
+    def state(self) -> dict[str, Any]:
+        """Where the next batch comes from."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on there."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the loop calls but does not know: evaluation and sampling of the model as it is, and where lines go."""
+
+    evaluate: Callable[[Transformer], dict[str, float]] | None = None
+    sample: Callable[[Transformer], str] | None = None
+    write: Write = print
+
+
+def resume(store: Store | None, state: TrainState, batches: Batches) -> TrainState:
+    """The newest committed state, with `batches` moved to where it was taken; `state` itself when there is none."""
+    step = None if store is None else store.latest()
+    if store is None or step is None:
+        return state
+    values, meta = store.restore(step, state.flat())
+    batches.restore(meta["data"])
+    return state.with_flat(values)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    state: TrainState,
+    template: Transformer,
+    step: TrainStep,
+    learning_rate: Callable[[int], Any],
+    batches: Batches,
+    teacher: Transformer | None,
+    store: Store | None,
+    meta: Mapping[str, Any],
+    recorder: Recorder,
+    meter: Meter,
+    hooks: Hooks,
+) -> TrainState:
+    """Trains from `state` to `config.steps`; returns the last state, saved.
+
+    Args:
+      config: how long and how often.
+      state: where to start; donated.
+      template: structure of the model whose arrays the state holds.
+      step: from `make_train_step`.
+      learning_rate: by step, for the log.
+      batches: data; its place is saved with each checkpoint.
+      teacher: the float model that QAT distils from, or None.
+      store: where checkpoints go; None saves nothing.
+      meta: what else a checkpoint says about the model.
+      recorder: where numbers go.
+      meter: makes log lines.
+      hooks: evaluation, samples, text output.
+    """
+    done = int(state.step)
+    evaluated: dict[str, float] | None = None
+
+    def due(every: int) -> bool:
+        return (every > 0 and done % every == 0) or done == config.steps
+
+    while done < config.steps:
+        batch = _next(batches, done, config.steps)
+        state, metrics = step(state, batch, teacher)
+        meter.add({**metrics, "learning_rate": learning_rate(done)})
+        done += 1
+
+        if due(config.log_every):
+            values, line = meter.read(done)
+            hooks.write(line)
+            recorder.write(done, values)
+            _refuse_bad_loss(values["loss"], done)
+
+        paused = time.perf_counter()
+        if hooks.evaluate is not None and due(config.eval_every):
+            evaluated = hooks.evaluate(state.model(template))
+            hooks.write(f"eval {done:>{len(str(config.steps))}}/{config.steps}  {_listed(evaluated)}")
+            recorder.write(done, evaluated, prefix="eval")
+        if hooks.sample is not None and config.sample_every and due(config.sample_every):
+            hooks.write(hooks.sample(state.model(template)))
+        if store is not None and due(config.save_every):
+            _refuse_bad_loss(float(metrics["loss"]), done)
+            store.save(done, state.flat(), {**meta, "data": batches.state()}, metrics=evaluated)
+        meter.pause(time.perf_counter() - paused)
+    if store is not None:
+        store.wait()
+    return state
+
+
+def _next(batches: Batches, done: int, steps: int) -> dict[str, np.ndarray]:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise UserError(
+            f"The data ended after {done} of train.steps={steps}; set data.epochs=none to go round, or fewer steps."
+        ) from None
+
+
+def _refuse_bad_loss(loss: float, step: int) -> None:
+    if not np.isfinite(loss):
+        raise UserError(
+            f"The loss is {loss} at step {step}; this state is not saved. Lower optim.learning_rate or optim.clip_norm, "
+            "or look at the rows of the last batches."
+        )
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" if value < 1e4 else f"{name} {value:.0f}" for name, value in values.items())

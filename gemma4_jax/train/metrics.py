@@ -1,0 +1,125 @@
+"""Numbers of a run: one line for people, metrics.jsonl for programs, TensorBoard for plots."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+Write = Callable[[str], None]
+
+
+def duration(seconds: float) -> str:
+    """`2h05m`, `3m20s` or `12s`."""
+    whole = int(round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def si(value: float) -> str:
+    """`12.3k`, `4.56M`: three digits and a unit."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+class Recorder:
+    """Appends scalars to `directory`/metrics.jsonl and TensorBoard's event file; without a directory to neither.
+
+    A run that resumes at `step` drops what an earlier process wrote past it, so that every step stands there once.
+    """
+
+    def __init__(self, directory: Path | None, step: int):
+        self._file = self._board = None
+        if directory is None:
+            return
+        from tensorboardX import SummaryWriter  # with protobuf, half a second
+
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(line for line in lines if _step_of(line) <= step))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float], prefix: str = "train") -> None:
+        """Records `prefix`/name for every value."""
+        if self._file is None or self._board is None:
+            return
+        self._file.write(json.dumps({"step": step, **{f"{prefix}/{k}": float(v) for k, v in values.items()}}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{prefix}/{name}", float(value), step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for a line that a killed process left incomplete."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class Meter:
+    """Means over the steps since the last log line, weighted by trained tokens, and the speed.
+
+    Device arrays are only kept, not read, until a line is due: reading each step's loss would make the host wait.
+    Time spent in evaluation, sampling and saving is left out of the speed.
+    """
+
+    def __init__(self, steps: int, flops_per_token: float, peak_flops: float | None):
+        self._steps = steps
+        self._flops_per_token = flops_per_token
+        self._peak = peak_flops
+        self._kept: list[Mapping] = []
+        self._paused = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, metrics: Mapping) -> None:
+        """Keeps one step's metrics."""
+        self._kept.append(metrics)
+
+    def pause(self, seconds: float) -> None:
+        """Leaves `seconds` out of the speed."""
+        self._paused += seconds
+
+    def read(self, step: int) -> tuple[dict[str, float], str]:
+        """The means since the last call, and the log line; waits for the device."""
+        rows = [{name: float(np.asarray(value)) for name, value in row.items()} for row in self._kept]
+        now = time.perf_counter()
+        seconds = max(now - self._started - self._paused, 1e-9)
+        count, tokens = len(rows), sum(row["tokens"] for row in rows)
+        values = {
+            name: sum(row[name] * row["tokens"] for row in rows) / max(tokens, 1e-9)
+            for name in ("loss", "ce", "kl", "accuracy")
+        }
+        values["grad_norm"] = sum(row["grad_norm"] for row in rows) / count
+        values["learning_rate"] = rows[-1]["learning_rate"]
+        values["tokens_per_second"] = sum(row["slots"] for row in rows) / seconds
+        values["seconds_per_step"] = seconds / count
+        flops = values["tokens_per_second"] * self._flops_per_token
+        values["flops_per_second"] = flops
+        if self._peak is not None:
+            values["mfu"] = flops / self._peak
+        self._kept, self._paused, self._started = [], 0.0, now
+        return values, self._line(step, values)
+
+    def _line(self, step: int, values: Mapping[str, float]) -> str:
+        speed = f"MFU {values['mfu']:.1%}" if "mfu" in values else f"{si(values['flops_per_second'])}FLOP/s"
+        kl = f"  kl {values['kl']:.4f}" if values["kl"] else ""
+        left = duration((self._steps - step) * values["seconds_per_step"])
+        return (
+            f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {values['loss']:.4f}{kl}  "
+            f"accuracy {values['accuracy']:.3f}  lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3g}  "
+            f"{si(values['tokens_per_second'])} tokens/s  {speed}  {values['seconds_per_step']:.3g} s/step  ETA {left}"
+        )

@@ -1,0 +1,62 @@
+"""What training carries from step to step, as flat dicts by parameter name."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gemma4_jax.model.parameters import arrays, with_arrays
+from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.train.optimizer import trainable_names
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Steps done (int32), the parameters that move, those that stay, and the optimizer's state."""
+
+    step: jax.Array
+    params: dict[str, jax.Array]
+    frozen: dict[str, jax.Array]
+    opt_state: Any
+
+    @classmethod
+    def create(cls, model: Transformer, optimizer: optax.GradientTransformation, freeze: Sequence[str]) -> "TrainState":
+        """The state before step 0; only parameters that move get optimizer state.
+
+        The arrays are copies: the state is donated to every step, and the caller's model stays usable.
+        """
+        moving = trainable_names(model, freeze)
+        values = {name: jnp.copy(value) for name, value in arrays(model).items()}
+        params = {name: value for name, value in values.items() if name in moving}
+        frozen = {name: value for name, value in values.items() if name not in moving}
+        return cls(jnp.int32(0), params, frozen, optimizer.init(params))
+
+    def model(self, template: Transformer) -> Transformer:
+        """The model with this state's arrays."""
+        return with_arrays(template, {**self.params, **self.frozen})
+
+    def flat(self) -> dict[str, Any]:
+        """Every array by a dotted name (`params.*`, `frozen.*`, `opt.*`, `step`): the layout of checkpoints."""
+        out: dict[str, Any] = {"step": self.step}
+        out |= {f"params.{name}": value for name, value in self.params.items()}
+        out |= {f"frozen.{name}": value for name, value in self.frozen.items()}
+        return out | {f"opt.{name}": value for name, value in _named_leaves(self.opt_state)}
+
+    def with_flat(self, values: Mapping[str, Any]) -> "TrainState":
+        """A state of this structure with its arrays taken from `values`."""
+        leaves = [values[f"opt.{name}"] for name, _ in _named_leaves(self.opt_state)]
+        return TrainState(
+            values["step"],
+            {name: values[f"params.{name}"] for name in self.params},
+            {name: values[f"frozen.{name}"] for name in self.frozen},
+            jax.tree.unflatten(jax.tree.structure(self.opt_state), leaves),
+        )
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
