@@ -1,0 +1,133 @@
+"""One matrix per expert, rows sorted by expert: the product that makes a mixture of experts sparse.
+
+`jax.lax.ragged_dot` is that product on TPU and GPU. On CPU it multiplies every row by every expert (128 times the work
+for Gemma 4 26B), so there the experts that have rows are visited one after the other, each in blocks of rows.
+The choice is made per platform when the program is lowered, not from the machine that traces it: a program compiled
+here for a TPU gets `ragged_dot`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from gemma4_jax.kernels.slices import buffer, read, value, write
+
+# Larger blocks were not faster on CPU (8,192 rows, 32 experts of [512, 512]: 128, 256 and 512 rows within 10 %).
+MAX_ROWS = 128
+
+
+@jax.custom_vjp
+def grouped_matmul(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    """Row m of `lhs_MK` times the matrix of its expert: [M, N] in the dtype of `lhs_MK`.
+
+    The first `group_sizes_E[0]` rows belong to expert 0, the next `group_sizes_E[1]` to expert 1, and so on; the sizes
+    (int32, zeros allowed) must sum to M. Products are summed in float32. Gradients flow to both matrices.
+    """
+    return _forward(lhs_MK, rhs_EKN, group_sizes_E)[0]
+
+
+def _forward(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> tuple[jax.Array, tuple]:
+    if lhs_MK.shape[1] != rhs_EKN.shape[1] or group_sizes_E.shape != rhs_EKN.shape[:1]:
+        raise ValueError(
+            "grouped_matmul wants lhs [M, K], rhs [E, K, N] and group_sizes [E], got "
+            f"{lhs_MK.shape}, {rhs_EKN.shape} and {group_sizes_E.shape}"
+        )
+    residuals = (lhs_MK, rhs_EKN, group_sizes_E)
+    if lhs_MK.shape[0] == 0:
+        return jnp.zeros((0, rhs_EKN.shape[2]), lhs_MK.dtype), residuals
+    return jax.lax.platform_dependent(*residuals, cpu=_rows_times_experts, default=_ragged_dot), residuals
+
+
+def _backward(residuals: tuple, d_out_MN: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    lhs_MK, rhs_EKN, _ = residuals
+    if lhs_MK.shape[0] == 0:
+        return jnp.zeros_like(lhs_MK), jnp.zeros_like(rhs_EKN), None
+    d_lhs, d_rhs = jax.lax.platform_dependent(*residuals, d_out_MN, cpu=_gradients, default=_ragged_gradients)
+    return d_lhs, d_rhs, None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _ragged_dot(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    out = jax.lax.ragged_dot(lhs_MK, rhs_EKN, group_sizes_E, preferred_element_type=jnp.float32)
+    return out.astype(lhs_MK.dtype)
+
+
+def _ragged_gradients(
+    lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array, d_out_MN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    _, pullback = jax.vjp(lambda lhs, rhs: _ragged_dot(lhs, rhs, group_sizes_E), lhs_MK, rhs_EKN)
+    return pullback(d_out_MN)
+
+
+def _rows_times_experts(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    rows, m = lhs_MK.shape[0], block_rows(lhs_MK.shape[0], rhs_EKN.shape[0])
+    lhs = _padded(lhs_MK, m)
+
+    def expert(e, begin, end, out):
+        weight_KN = read(rhs_EKN, e, 1)[0].astype(jnp.float32)
+
+        def block(row, out):
+            # The tail of an expert's last block lands on rows of later experts, which overwrite it, or on the padding.
+            return write(out, read(lhs, row, m) @ weight_KN, row)
+
+        return _for_blocks(begin, end, m, block, out)
+
+    out = jnp.zeros((lhs.shape[0], rhs_EKN.shape[2]), jnp.float32)
+    return _for_experts(group_sizes_E, expert, out)[:rows].astype(lhs_MK.dtype)
+
+
+def _gradients(
+    lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array, d_out_MN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    rows, m = lhs_MK.shape[0], block_rows(lhs_MK.shape[0], rhs_EKN.shape[0])
+    lhs, d_out = _padded(lhs_MK, m), _padded(d_out_MN, m)
+
+    def expert(e, begin, end, carry):
+        d_lhs, d_rhs = carry
+        weight_NK = read(rhs_EKN, e, 1)[0].astype(jnp.float32).T
+
+        def block(row, carry):
+            d_lhs, d_weight_KN = carry
+            mine_m = row + jnp.arange(m, dtype=jnp.int32) < end
+            d_rows = jnp.where(mine_m[:, None], read(d_out, row, m), 0.0)
+            return write(d_lhs, d_rows @ weight_NK, row), d_weight_KN + read(lhs, row, m).T @ d_rows
+
+        zeros_KN = jnp.zeros(rhs_EKN.shape[1:], jnp.float32)
+        d_lhs, d_weight_KN = _for_blocks(begin, end, m, block, (d_lhs, zeros_KN))
+        return d_lhs, write(d_rhs, d_weight_KN.astype(rhs_EKN.dtype)[None], e)
+
+    zeros = jnp.zeros(lhs.shape, jnp.float32), buffer(rhs_EKN.shape, rhs_EKN.dtype)
+    d_lhs, d_rhs = _for_experts(group_sizes_E, expert, zeros)
+    return d_lhs[:rows].astype(lhs_MK.dtype), value(d_rhs, rhs_EKN.dtype)
+
+
+def _for_experts(group_sizes_E: jax.Array, body: Callable, carry):
+    """carry = body(expert, its first row, its end row, carry), for experts that have rows, in ascending order."""
+    sizes = group_sizes_E.astype(jnp.int32)
+    ends = jnp.cumsum(sizes)
+    busy_first = jnp.argsort(sizes == 0, stable=True)
+
+    def step(i, carry):
+        e = busy_first[i]
+        return body(e, ends[e] - sizes[e], ends[e], carry)
+
+    return jax.lax.fori_loop(0, (sizes > 0).sum(dtype=jnp.int32), step, carry)
+
+
+def _for_blocks(begin: jax.Array, end: jax.Array, m: int, body: Callable, carry):
+    """carry = body(row, carry) for row = begin, begin + m, ... below end."""
+    return jax.lax.fori_loop(0, (end - begin + m - 1) // m, lambda i, carry: body(begin + i * m, carry), carry)
+
+
+def block_rows(rows: int, experts: int) -> int:
+    """Rows per block: the power of two at or above the mean number of rows per expert, at most MAX_ROWS."""
+    mean = max(1, -(-rows // experts))
+    return min(MAX_ROWS, 1 << (mean - 1).bit_length())
+
+
+def _padded(x: jax.Array, m: int) -> jax.Array:
+    """Float32 with m - 1 more rows, so that a block may begin at any row."""
+    return jnp.pad(x.astype(jnp.float32), ((0, m - 1), (0, 0)))
