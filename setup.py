@@ -1,0 +1,50 @@
+"""What an installation holds: three packages, a light base, and one extra per purpose.
+
+Every requirement carries its reason. The base needs no TensorFlow, no torch and no transformers.
+"""
+
+from setuptools import find_packages, setup
+
+BASE = [
+    "jax>=0.10.2",  # arrays, compilation, gradients, meshes
+    "flax>=0.12.8",  # flax.nnx modules, used only as pytrees
+    "optax>=0.2.8",  # AdamW, schedules, clipping
+    "orbax-checkpoint>=0.12.8",  # asynchronous, sharded, atomic training checkpoints
+    "grain>=0.2.18",  # deterministic data pipeline with a checkpointable iterator
+    "sentencepiece>=0.2.1",  # tokenizer.model files
+    "tokenizers>=0.22",  # tokenizer.json files
+    "safetensors>=0.7",  # the weight files every other Gemma 4 runtime reads and writes
+    "ml-collections>=1.1",  # ConfigDict, what a config file returns
+    "absl-py>=2.3",  # log lines with time and place, shared with orbax and grain
+    "numpy>=2.1",  # host arrays
+    "tensorboardX>=2.6.4",  # metrics for TensorBoard without TensorFlow
+]
+
+EXTRAS = {
+    # Accelerators: the same jax with the backend that fits the machine.
+    "tpu": ["jax[tpu]>=0.10.2"],
+    "cuda": ["jax[cuda12]>=0.10.2"],
+    # The reference implementation, for tests/golden/generate.py and the tests marked `parity`. Pinned: the numbers are compared.
+    "parity": ["torch==2.13.0", "transformers==5.23.0"],
+    "dev": [
+        "pytest>=9.0",  # the tests
+        "pytest-xdist>=3.8",  # the tests on every core: compiling is most of their time
+        "hypothesis>=6.150",  # generated inputs for parsers, packing and grids
+        "jinja2>=3.1.6",  # renders the published chat template that chat.py is compared with
+        "gguf>=0.19",  # ggml's own numpy quantiser, the twin of the q4_0 grid
+        "ruff>=0.14",  # format and lint
+        "pyright[nodejs]>=1.1.400",  # types; brings its own node
+    ],
+}
+
+setup(
+    name="gemma4_jax",
+    version="0.1.0",
+    description="Train, quantise and sample the Gemma 4 family in JAX, TPU first",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["gemma4_jax", "gemma4_jax.*", "launch", "launch.*", "configs", "configs.*"]),
+    package_data={"gemma4_jax": ["py.typed", "assets/*", "assets/*/*"]},
+    install_requires=BASE,
+    extras_require=EXTRAS,
+)
