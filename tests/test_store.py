@@ -1,0 +1,277 @@
+"""Orbax: what is committed comes back exactly, what should go goes, and what is wrong is named."""
+
+import json
+import logging
+import math
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_checkpoint_hf import SMALL, random_model, same_arrays
+
+from gemma4_jax.checkpoint import store as store_module
+from gemma4_jax.checkpoint.load import load
+from gemma4_jax.checkpoint.store import (
+    Store,
+    compare_configs,
+    config_of,
+    model_meta,
+    read_model_meta,
+    refuse_other_config,
+    save_model,
+)
+from gemma4_jax.config import ModelConfig, Rope
+from gemma4_jax.errors import UserError
+from gemma4_jax.model.parameters import arrays
+
+
+def state(step: int) -> dict[str, jax.Array]:
+    """A little training state whose values name their step."""
+    return {
+        "step": jnp.int32(step),
+        "params.own.w": jnp.full((8, 4), step, jnp.bfloat16),
+        "opt.mu.own.w": jnp.full((8, 4), step + 0.5, jnp.float32),
+    }
+
+
+def filled(directory, metrics=(), **options) -> Store:
+    """A closed store to which steps 1, 2, ... were saved with these losses."""
+    store = Store(directory, **options)
+    for step, loss in enumerate(metrics, 1):
+        store.save(step, state(step), {"data": {"next": step}}, None if loss is None else {"loss": loss, "other": 1.0})
+    store.close()
+    return store
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(ModelConfig.variant("tiny_31b", **SMALL, rope_full=Rope(5e5, 0.5)))
+
+
+def run_state(model, steps: int) -> dict[str, jax.Array]:
+    """A training state as `train.state` lays it out: buffers frozen, an optimizer beside the parameters."""
+    out: dict[str, jax.Array] = {"step": jnp.int32(steps)}
+    for name, value in arrays(model).items():
+        out[f"{'frozen' if name.endswith('layer_scalar') else 'params'}.{name}"] = value
+        out[f"opt.mu.{name}"] = jnp.zeros_like(value)
+    return out
+
+
+def test_state_comes_back_exactly_where_like_says(tmp_path):
+    mesh = jax.make_mesh((8,), ("x",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    saved = {**state(3), "params.own.w": jax.device_put(state(3)["params.own.w"], split)}
+    meta = {"data": {"next": 7, "name": "é"}, "list": [1, 2.5, None, True]}
+    with Store(tmp_path / "run") as store:
+        assert store.latest() is None
+        assert store.best() is None
+        assert store.save(3, saved, meta)
+        store.wait()
+        assert store.latest() == 3
+        like = {name: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for name, v in saved.items()}
+        for target in (like, saved):
+            values, again = store.restore(3, target)
+            assert again == meta
+            assert values.keys() == saved.keys()
+            for name, value in values.items():
+                assert value.dtype == saved[name].dtype
+                assert value.sharding == saved[name].sharding
+                np.testing.assert_array_equal(np.asarray(value), np.asarray(saved[name]))
+
+
+def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + jnp.ones_like(x), tree), donate_argnums=0)
+    now = {"params.w": jnp.zeros((256, 1024), jnp.float32), "step": jnp.int32(0)}
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), now)
+    with Store(tmp_path / "run", keep=10) as store:
+        for step in range(1, 6):
+            now = bump(now)
+            store.save(step, now, {})
+        for _ in range(10):
+            now = bump(now)
+        store.wait()
+        for step in range(1, 6):
+            values, _ = store.restore(step, like)
+            assert float(jnp.min(values["params.w"])) == float(jnp.max(values["params.w"])) == step
+
+
+@pytest.mark.parametrize(
+    ("options", "losses", "kept", "best"),
+    [
+        (dict(keep=2), [3.0, 1.0, 2.0, 4.0, 5.0], [4, 5], None),
+        (dict(keep=2, metric="loss"), [3.0, 1.0, 2.0, 4.0, 5.0], [2, 4, 5], 2),
+        (dict(keep=1, metric="loss", keep_best=2), [3.0, 1.0, 2.0, 4.0, 5.0], [2, 3, 5], 2),
+        (dict(keep=1, metric="loss", mode="max"), [3.0, 9.0, 2.0, 4.0, 5.0], [2, 5], 2),
+        (dict(keep=1, metric="loss"), [math.nan, 3.0, math.nan, None], [2, 4], 2),
+        (dict(keep=1, metric="loss"), [None, None], [2], None),
+    ],
+)
+def test_the_newest_and_the_best_stay(tmp_path, options, losses, kept, best):
+    store = filled(tmp_path / "run", losses, **options)
+    assert store.steps() == kept
+    assert store.best() == best
+    for step in kept:
+        values, meta = store.restore(step, state(0))
+        assert int(values["step"]) == step
+        assert meta == {"data": {"next": step}}
+
+
+def test_what_is_saved_when(tmp_path):
+    with Store(tmp_path / "run", save_every=2, keep=9) as store:
+        started = [store.save(step, state(step), {}) for step in (1, 2, 3, 4)]
+        assert started == [False, True, False, True]
+        assert store.save(5, state(5), {}, force=True)
+        assert not store.save(5, state(5), {}, force=True)
+        with pytest.raises(UserError, match="already holds step 5, so step 4 cannot be saved"):
+            store.save(4, state(4), {})
+        store.wait()
+        assert store.steps() == [2, 4, 5]
+
+
+def test_leftovers_of_a_killed_run_are_ignored_then_cleaned(tmp_path):
+    filled(tmp_path / "run", [1.0])
+    leftover = tmp_path / "run" / "9.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "run" / "1", leftover)
+    (leftover / "commit_success.txt").unlink()
+    with Store(tmp_path / "run") as store:
+        assert store.latest() == 1
+        assert store.save(2, state(2), {})
+    assert store.latest() == 2
+    assert not leftover.exists()
+
+
+def test_wrong_names_shapes_dtypes_and_steps_are_listed(tmp_path):
+    store = filled(tmp_path / "run", [1.0])
+    with pytest.raises(UserError, match="has no step 9; committed steps: 1"):
+        store.restore(9, state(1))
+    like = {**state(1), "opt.nu.own.w": jnp.zeros(3), "params.own.w": jnp.zeros((8, 5), jnp.bfloat16)}
+    del like["step"]
+    like["opt.mu.own.w"] = like["opt.mu.own.w"].astype(jnp.bfloat16)
+    with pytest.raises(UserError) as error:
+        store.restore(1, like)
+    text = str(error.value)
+    assert "is a checkpoint of another model, optimizer or dtype: 1 missing: opt.nu.own.w; 1 unexpected: step" in text
+    assert "params.own.w (wanted bfloat16[8, 5], got bfloat16[8, 4])" in text
+    assert "opt.mu.own.w (wanted bfloat16[8, 4], got float32[8, 4])" in text
+
+
+def _cut_data(step):
+    files = [file for file in step.rglob("d/*") if file.is_file()]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut_data,
+        lambda step: shutil.rmtree(step / "state"),
+        lambda step: shutil.rmtree(step / "meta"),
+        lambda step: (step / "state" / "_METADATA").write_text("{"),
+        lambda step: (step / "meta" / "metadata").write_text("{"),
+    ],
+    ids=["cut", "no state", "no meta", "state metadata", "meta"],
+)
+def test_damaged_steps_are_named_and_not_stepped_over(tmp_path, damage):
+    store = filled(tmp_path / "run", [1.0, 2.0])
+    damage(tmp_path / "run" / "2")
+    assert store.latest() == 2
+    with pytest.raises(UserError, match="run/2 is damaged or incomplete"):
+        store.restore(2, state(0))
+    assert int(store.restore(1, state(0))[0]["step"]) == 1
+
+
+def test_a_training_run_is_read_as_a_model(model, tmp_path, monkeypatch):
+    other = random_model(model.cfg, seed=1)
+    workdir = tmp_path / "run"
+    with Store(workdir / "checkpoints", metric="loss") as store:
+        for step, (each, loss) in enumerate([(model, 1.0), (other, 2.0)], 1):
+            store.save(step, run_state(each, step), {"model": model_meta(each, quant="q4_0")}, {"loss": loss})
+    read = []
+    read_arrays = store_module._read_arrays
+    monkeypatch.setattr(store_module, "_read_arrays", lambda d, like: (read.extend(like), read_arrays(d, like))[1])
+    for path, step, want in [
+        (workdir, "latest", other),
+        (workdir, "best", model),
+        (workdir, 1, model),
+        (workdir / "checkpoints", "latest", other),
+        (workdir / "checkpoints" / "1", "latest", model),
+    ]:
+        assert same_arrays(load(path, step=step), want)
+    assert not [name for name in read if name.startswith(("opt.", "step"))]
+    assert read_model_meta(workdir)["quant"] == "q4_0"
+    with pytest.raises(UserError, match="has no step 7; committed steps: 1, 2"):
+        load(workdir, step=7)
+
+
+def test_model_directories_keep_config_dtypes_and_placement(model, tmp_path):
+    save_model(model, tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert same_arrays(again, model)
+    assert again.cfg == model.cfg
+    assert again.cfg.rope_full == Rope(5e5, 0.5)
+    wide = load(tmp_path / "model", dtype="float32", compute_dtype="bfloat16")
+    assert wide.compute_dtype == "bfloat16"
+    for name, value in arrays(wide).items():
+        assert value.dtype == jnp.float32
+        np.testing.assert_array_equal(np.asarray(value), np.asarray(arrays(model)[name]).astype(np.float32))
+    everywhere = jax.sharding.NamedSharding(jax.make_mesh((8,), ("x",)), jax.sharding.PartitionSpec())
+    placed = load(tmp_path / "model", shardings=lambda _name, _variable: everywhere)
+    assert {value.sharding for value in arrays(placed).values()} == {everywhere}
+    with pytest.raises(UserError, match="exists and is not an empty directory"):
+        save_model(model, tmp_path / "model")
+
+
+def test_models_that_are_not_what_they_say(model, tmp_path):
+    filled(tmp_path / "run", [1.0])
+    with pytest.raises(UserError, match="says nothing about its model"):
+        load(tmp_path / "run")
+    values = run_state(model, 1)
+    del values["params.final_norm.scale"]
+    with Store(tmp_path / "part") as store:
+        store.save(1, values, {"model": model_meta(model)})
+    with pytest.raises(UserError, match=r"does not hold the parameters of its own config: 1 missing: final_norm.scale"):
+        load(tmp_path / "part")
+    (tmp_path / "runs" / "2024").mkdir(parents=True)
+    with pytest.raises(UserError, match="is no checkpoint"):
+        load(tmp_path / "runs")
+
+
+def test_the_config_survives_as_json(model):
+    meta = json.loads(json.dumps(model_meta(model)))
+    assert config_of(meta) == model.cfg
+    assert (meta["dtype"], meta["compute_dtype"], meta["quant"]) == ("bfloat16", "bfloat16", None)
+    meta["config"]["hidden_layers"] = 3
+    with pytest.raises(UserError, match="has hidden_layers, which this version does not know"):
+        config_of(meta)
+    with pytest.raises(UserError, match="model config cannot be read"):
+        config_of({"config": {"hidden_size": 3}})
+
+
+def test_differing_config_keys_are_shown(tmp_path):
+    saved = {"seed": 0, "optim": {"lr": 1e-3, "betas": [0.9, 0.99]}, "log": {"every": 10}, "old": None}
+    now = {"seed": 0, "optim": {"lr": 1e-4, "betas": (0.9, 0.99)}, "log": {"every": 5}, "new": 1}
+    assert compare_configs(saved, now, {"log"}) == [
+        "optim.lr: 0.001 -> 0.0001",
+        "old: None -> '(absent)'",
+        "new: '(absent)' -> 1",
+    ]
+    assert compare_configs(saved, saved) == []
+    refuse_other_config(tmp_path, saved, saved)
+    with pytest.raises(UserError, match=r"another config \(optim.lr: 0.001 -> 0.0001; log.every: 10 -> 5\); set these"):
+        refuse_other_config(tmp_path, saved, now, {"old", "new"})
+
+
+def test_unusable_directories(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be used"):
+        Store(tmp_path / "file" / "run")
+
+
+def test_orbax_keeps_quiet(tmp_path, caplog):
+    with caplog.at_level(logging.DEBUG):
+        filled(tmp_path / "run", [1.0, None], metric="loss")
+    assert not [record for record in caplog.records if "orbax" in record.pathname]
