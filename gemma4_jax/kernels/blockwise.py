@@ -81,8 +81,7 @@ def blockwise_attention(
     return out_BKTGH.swapaxes(1, 2).reshape(q_BTNH.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(
+def _primal(
     spans: tuple[Span, ...],
     window: int | None,
     q_BKTGH: jax.Array,
@@ -93,7 +92,14 @@ def _attend(
     return _forward(spans, window, q_BKTGH, k_BKSH, v_BKSH, labels)[0]
 
 
-def _forward(spans, window, q_BKTGH, k_BKSH, v_BKSH, labels):
+def _forward(
+    spans: tuple[Span, ...],
+    window: int | None,
+    q_BKTGH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    labels: Labels,
+) -> tuple[jax.Array, tuple]:
     def block(span, i, carry):
         out, lse = carry
         q_at, k_at = span.q_start + i * span.rows, span.k_start + i * span.k_stride
@@ -115,7 +121,7 @@ def _forward(spans, window, q_BKTGH, k_BKSH, v_BKSH, labels):
     return out, (q_BKTGH, k_BKSH, v_BKSH, labels, out, lse)
 
 
-def _backward(spans, window, residuals, d_out):
+def _backward(spans: tuple[Span, ...], window: int | None, residuals: tuple, d_out: jax.Array) -> tuple:
     q_BKTGH, k_BKSH, v_BKSH, labels, out_BKTGH, lse_BKTG = residuals
 
     def block(span, i, carry):
@@ -144,6 +150,7 @@ def _backward(spans, window, residuals, d_out):
     return value(dq, q_BKTGH.dtype), dk.astype(k_BKSH.dtype), dv.astype(v_BKSH.dtype), None
 
 
+_attend = jax.custom_vjp(_primal, nondiff_argnums=(0, 1))
 _attend.defvjp(_forward, _backward)
 
 

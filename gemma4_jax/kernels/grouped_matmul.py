@@ -67,7 +67,7 @@ def _rows_times_experts(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: ja
     lhs = _padded(lhs_MK, m)
 
     def expert(e, begin, end, out):
-        weight_KN = read(rhs_EKN, e, 1)[0].astype(jnp.float32)
+        weight_KN = _weight(rhs_EKN, e)
 
         def block(row, out):
             # The tail of an expert's last block lands on rows of later experts, which overwrite it, or on the padding.
@@ -87,7 +87,7 @@ def _gradients(
 
     def expert(e, begin, end, carry):
         d_lhs, d_rhs = carry
-        weight_NK = read(rhs_EKN, e, 1)[0].astype(jnp.float32).T
+        weight_NK = _weight(rhs_EKN, e).T
 
         def block(row, carry):
             d_lhs, d_weight_KN = carry
@@ -102,6 +102,16 @@ def _gradients(
     zeros = jnp.zeros(lhs.shape, jnp.float32), buffer(rhs_EKN.shape, rhs_EKN.dtype)
     d_lhs, d_rhs = _for_experts(group_sizes_E, expert, zeros)
     return d_lhs[:rows].astype(lhs_MK.dtype), value(d_rhs, rhs_EKN.dtype)
+
+
+def _weight(rhs_EKN: jax.Array, e: jax.Array) -> jax.Array:
+    """One expert's matrix in float32, [K, N].
+
+    The barrier ties the stack to the loop variable; without it XLA moves the reinterpretation of bfloat16 that `read`
+    does out of the loop and copies every expert.
+    """
+    rhs_EKN, e = jax.lax.optimization_barrier((rhs_EKN, e))
+    return read(rhs_EKN, e, 1)[0].astype(jnp.float32)
 
 
 def _for_experts(group_sizes_E: jax.Array, body: Callable, carry):
