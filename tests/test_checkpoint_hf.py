@@ -27,7 +27,9 @@ from gemma4_jax.model.transformer import Transformer, abstract
 
 TINY = ["tiny_e2b", "tiny_e4b", "tiny_26b_a4b", "tiny_31b"]
 GOLDEN = PROJECT / "tests" / "golden"
-SMALL = dict(vocab_size=96, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64, head_dim=8)
+SMALL = dict(
+    vocab_size=96, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=64, head_dim=8
+)
 
 
 def random_model(cfg: ModelConfig, dtype: str = "bfloat16", seed: int = 0) -> Transformer:
@@ -53,7 +55,8 @@ def same_arrays(a: Transformer, b: Transformer) -> bool:
     left, right = arrays(a), arrays(b)
     assert left.keys() == right.keys()
     return all(
-        left[n].dtype == right[n].dtype and np.asarray(left[n]).tobytes() == np.asarray(right[n]).tobytes() for n in left
+        left[n].dtype == right[n].dtype and np.asarray(left[n]).tobytes() == np.asarray(right[n]).tobytes()
+        for n in left
     )
 
 
@@ -184,10 +187,10 @@ def test_a_stored_head_must_equal_the_embedding(small, directory):
     rewrite(file, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     assert same_arrays(load(directory), small)
     rewrite(file, lambda t: t["lm_head.weight"].__setitem__((95, 31), 9))
-    with pytest.raises(UserError, match="stores lm_head.weight with other values"):
+    with pytest.raises(UserError, match=r"stores lm_head.weight with other values"):
         load(directory)
     rewrite(file, lambda t: t.update({"lm_head.weight": t["lm_head.weight"][1:].copy()}))
-    with pytest.raises(UserError, match="stores lm_head.weight with other values"):
+    with pytest.raises(UserError, match=r"stores lm_head.weight with other values"):
         load(directory)
 
 
@@ -236,9 +239,7 @@ def _stray_shards(d):
 
 
 def _quantised(d):
-    rewrite(
-        d / "model.safetensors", lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.int8)})
-    )
+    rewrite(d / "model.safetensors", lambda t: t.update({"model.norm.weight": t["model.norm.weight"].astype(np.int8)}))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def test_config_numbers_that_no_model_has(directory):
     config = json.loads((directory / "config.json").read_text())
     config["num_key_value_heads"] = 0
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         load(directory)
 
 
@@ -280,7 +281,7 @@ def test_missing_empty_and_foreign_directories(tmp_path):
         load(tmp_path / "file")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "notes.txt").write_text("x")
-    with pytest.raises(UserError, match="is no checkpoint: wanted config.json"):
+    with pytest.raises(UserError, match=r"is no checkpoint: wanted config.json"):
         load(tmp_path / "foreign")
 
 
@@ -310,7 +311,7 @@ def test_links_out_of_the_directory_are_refused_except_in_a_hub_cache(small, sha
     blob.parent.mkdir(parents=True)
     shard.rename(blob)
     shard.symlink_to(blob)
-    with pytest.raises(UserError, match="is a link to .* outside the checkpoint"):
+    with pytest.raises(UserError, match=r"is a link to .* outside the checkpoint"):
         load(sharded)
     snapshot = tmp_path / "cache" / "snapshots" / "revision"
     snapshot.parent.mkdir()
@@ -320,7 +321,7 @@ def test_links_out_of_the_directory_are_refused_except_in_a_hub_cache(small, sha
     blob.rename(outside)
     (snapshot / shard.name).unlink()
     (snapshot / shard.name).symlink_to(outside)
-    with pytest.raises(UserError, match="is a link to .*elsewhere, outside"):
+    with pytest.raises(UserError, match=r"is a link to .*elsewhere, outside"):
         load(snapshot)
 
 
@@ -335,7 +336,7 @@ def test_index_and_shards_must_agree(sharded):
         load(sharded)
     reindex(sharded, lambda m: m.update({"model.norm.weight": last}))
     rewrite(sharded / second, lambda t: t.update({"model.embed_tokens.weight": np.zeros(2, np.float32)}))
-    with pytest.raises(UserError, match="holds 1 tensors twice: model.embed_tokens.weight"):
+    with pytest.raises(UserError, match=r"holds 1 tensors twice: model.embed_tokens.weight"):
         load(sharded)
     (sharded / second).unlink()
     with pytest.raises(UserError, match=f"lacks {second}, which"):
@@ -431,7 +432,8 @@ def test_saving_refuses_to_overwrite_and_leaves_nothing_half_done(small, directo
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 kb", 1500), (123, 123), ("7", 7), ("0GB", None), ("five", None), ("-1MB", None)]
+    ("text", "size"),
+    [("5GB", 5 * 10**9), ("1.5 kb", 1500), (123, 123), ("7", 7), ("0GB", None), ("five", None), ("-1MB", None)],
 )
 def test_sizes(text, size):
     if size is not None:

@@ -13,15 +13,8 @@ from test_checkpoint_hf import SMALL, random_model, same_arrays
 
 from gemma4_jax.checkpoint import store as store_module
 from gemma4_jax.checkpoint.load import load
-from gemma4_jax.checkpoint.store import (
-    Store,
-    compare_configs,
-    config_of,
-    model_meta,
-    read_model_meta,
-    refuse_other_config,
-    save_model,
-)
+from gemma4_jax.checkpoint.mismatch import compare_configs, refuse_other_config
+from gemma4_jax.checkpoint.store import Store, config_of, model_meta, read_model_meta, save_model
 from gemma4_jax.config import ModelConfig, Rope
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays
@@ -50,9 +43,9 @@ def model():
     return random_model(ModelConfig.variant("tiny_31b", **SMALL, rope_full=Rope(5e5, 0.5)))
 
 
-def run_state(model, steps: int) -> dict[str, jax.Array]:
+def run_state(model, done: int) -> dict[str, jax.Array]:
     """A training state as `train.state` lays it out: buffers frozen, an optimizer beside the parameters."""
-    out: dict[str, jax.Array] = {"step": jnp.int32(steps)}
+    out: dict[str, jax.Array] = {"step": jnp.int32(done)}
     for name, value in arrays(model).items():
         out[f"{'frozen' if name.endswith('layer_scalar') else 'params'}.{name}"] = value
         out[f"opt.mu.{name}"] = jnp.zeros_like(value)
@@ -106,6 +99,7 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
         (dict(keep=1, metric="loss", mode="max"), [3.0, 9.0, 2.0, 4.0, 5.0], [2, 5], 2),
         (dict(keep=1, metric="loss"), [math.nan, 3.0, math.nan, None], [2, 4], 2),
         (dict(keep=1, metric="loss"), [None, None], [2], None),
+        (dict(keep=1, metric="loss"), [math.nan], [1], None),
     ],
 )
 def test_the_newest_and_the_best_stay(tmp_path, options, losses, kept, best):
@@ -191,8 +185,9 @@ def test_a_training_run_is_read_as_a_model(model, tmp_path, monkeypatch):
         for step, (each, loss) in enumerate([(model, 1.0), (other, 2.0)], 1):
             store.save(step, run_state(each, step), {"model": model_meta(each, quant="q4_0")}, {"loss": loss})
     read = []
-    read_arrays = store_module._read_arrays
-    monkeypatch.setattr(store_module, "_read_arrays", lambda d, like: (read.extend(like), read_arrays(d, like))[1])
+    read_arrays = store_module.read_arrays
+    monkeypatch.setattr(store_module, "read_arrays", lambda d, like: (read.extend(like), read_arrays(d, like))[1])
+    (workdir / "config.json").write_text("{}")  # of whatever else keeps its files there
     for path, step, want in [
         (workdir, "latest", other),
         (workdir, "best", model),

@@ -62,7 +62,7 @@ def load_hf(
         for entry, tensor in pieces[parameter]:
             target = entry.view(host[(*entry.index, ...)])
             for rows, block in tensor.blocks():
-                target[rows] = block
+                copy(target[rows], block)
         return jax.device_put(host, shardings(parameter, variable))
 
     return map_arrays(read, abstract(cfg, dtype or "float32", compute_dtype=compute_dtype))

@@ -34,17 +34,21 @@ def load(
       UserError: the directory is missing, empty, neither kind, or damaged, in one sentence.
     """
     text = os.fspath(path)
+    hugging_face = False
     if "://" not in text:
         directory = checkpoint_directory(text)
-        if (directory / SINGLE).exists() or (directory / INDEX).exists() or (directory / "config.json").exists():
+        if (directory / SINGLE).exists() or (directory / INDEX).exists():
             return load_hf(
                 directory, dtype=dtype, compute_dtype=compute_dtype, text_only=text_only, shardings=shardings
             )
-    from gemma4_jax.checkpoint import store  # Orbax takes a second to import
+        hugging_face = (directory / "config.json").exists() or any(directory.glob("*.safetensors"))
+    from gemma4_jax.checkpoint import steps, store  # Orbax takes a second to import
 
-    if not store.is_store(text):
-        raise UserError(
-            f"{text} is no checkpoint: wanted config.json with {SINGLE} or {INDEX} (Hugging Face), or a model directory, "
-            "step or run of this project."
-        )
-    return store.load_model(text, dtype=dtype, compute_dtype=compute_dtype, shardings=shardings, step=step)
+    if steps.is_store(text):
+        return store.load_model(text, dtype=dtype, compute_dtype=compute_dtype, shardings=shardings, step=step)
+    if hugging_face:
+        return load_hf(text)  # its complaint says what is missing
+    raise UserError(
+        f"{text} is no checkpoint: wanted config.json with {SINGLE} or {INDEX} (Hugging Face), or a model directory, step "
+        "or run of this project."
+    )

@@ -20,7 +20,7 @@ from gemma4_jax.checkpoint.mismatch import listed
 from gemma4_jax.errors import UserError
 
 HEADER_LIMIT = 100_000_000
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 8 << 20
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """The dtypes whose values we read and write."""
 BITS = {
@@ -46,7 +46,7 @@ class Tensor:
     start: int
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """(rows, their values in the file's dtype); each block at most 64 MB or one row, and only until the next one.
+        """(rows, their values in the file's dtype); each block at most 8 MB or one row, overwritten by the next.
 
         Raises:
           UserError: the dtype is not a float we read, or the file ended early.
@@ -58,10 +58,13 @@ class Tensor:
                 "not read here: start from the float one."
             )
         try:
-            with self.file.open("rb") as file:
+            with self.file.open("rb", buffering=0) as file:
                 file.seek(self.start)
+                buffer: np.ndarray | None = None
                 for rows in row_blocks(self.shape, dtype.itemsize):
-                    block = np.empty((rows.stop - rows.start, *self.shape[1:]), dtype)
+                    if buffer is None:
+                        buffer = np.empty((rows.stop, *self.shape[1:]), dtype)
+                    block = buffer[: rows.stop - rows.start]
                     if file.readinto(block.reshape(-1).view(np.uint8)) != block.nbytes:  # pyright: ignore[reportArgumentType]
                         raise UserError(f"{self.file} ended inside {self.name}: the file was cut while being read.")
                     yield rows, block
@@ -135,7 +138,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
 def write(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: Callable[[str], np.ndarray]) -> None:
     """Writes a file of one dtype ("F32" ...), tensor by tensor; `read(name)` returns an array or view of that shape.
 
-    Casting goes by blocks of rows, so beside the tensor at hand only 64 MB are in memory.
+    Casting goes by blocks of rows, so beside the tensor at hand only 8 MB are in memory.
     """
     target = FLOATS[dtype]
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,13 +1,10 @@
-"""Training states and models in Orbax directories: asynchronous, atomic, keep-N and best-N.
+"""Orbax directories: the checkpoints of a training run (asynchronous, atomic, keep-N and best-N), and models.
 
-A step directory holds two items: `state`, a flat dict of arrays by dotted name (`params.*`, `frozen.*`, `opt.*`, ...), and
-`meta`, JSON. A model directory is a step directory of its own that holds `params.*` only, so everything that reads a model
-reads a training run too.
+A step holds a flat dict of arrays by dotted name (`params.*`, `frozen.*`, `opt.*`, ...) and a JSON `meta`; a model directory
+is such a step with `params.*` only, so everything that reads a model reads a training run too.
 """
 
 import dataclasses
-import logging
-import math
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -15,11 +12,22 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gemma4_jax.checkpoint.mismatch import Mismatch, listed
 from gemma4_jax.checkpoint.placement import Shardings, Which, default_device, dtype_name
+from gemma4_jax.checkpoint.steps import (
+    FORMAT,
+    absolute,
+    best_step,
+    committed_steps,
+    form_of,
+    rank,
+    read_arrays,
+    read_record,
+    saved_forms,
+    step_directory,
+)
 from gemma4_jax.config import ModelConfig, Rope
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays, is_trainable, variables, with_arrays
@@ -27,18 +35,6 @@ from gemma4_jax.model.transformer import Transformer, abstract
 
 PARAMETERS = ("params.", "frozen.")
 """Prefixes of the arrays that are the model: those that training moves and those it does not."""
-_FORMAT = 1
-_ITEMS = ("state", "meta")
-
-
-class _OrbaxIsQuiet(logging.Filter):
-    """Drops Orbax's progress reports; what matters comes as an exception."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-logging.getLogger("absl").addFilter(_OrbaxIsQuiet())
 
 
 class Store:
@@ -68,7 +64,7 @@ class Store:
           keep_best: best steps that stay beside the newest.
           save_every: `save` without `force` skips steps that are no multiple of it.
         """
-        self.directory = _directory(directory)
+        self.directory = absolute(directory)
         self.metric, self.mode, self.save_every = metric, mode, save_every
         kept: list[policies.PreservationPolicy] = [policies.LatestN(keep)]
         if metric is not None:
@@ -123,7 +119,7 @@ class Store:
             return False
         ranked = self.metric is not None and metrics is not None and self.metric in metrics
         record = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "meta": dict(meta),
             "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
             "ranked_by": [self.metric, self.mode] if ranked else None,
@@ -161,12 +157,12 @@ class Store:
             have = listed(map(str, self.steps()))
             raise UserError(f"{self.directory} has no step {step}; committed steps: {have or 'none'}.")
         directory = self.directory / str(step)
-        saved = _saved_forms(directory)
-        wanted = {name: _form(value) for name, value in like.items()}
+        saved = saved_forms(directory)
+        wanted = {name: form_of(value) for name, value in like.items()}
         wrong = Mismatch.between(wanted, saved)
         if wrong:
             raise UserError(f"{directory} is a checkpoint of another model, optimizer or dtype: {wrong}.")
-        return _read_arrays(directory, dict(like)), read_record(directory)["meta"]
+        return read_arrays(directory, dict(like)), read_record(directory)["meta"]
 
     def wait(self) -> None:
         """Returns when every started save is committed."""
@@ -182,16 +178,16 @@ class Store:
 
     def _rank(self, metrics: Mapping[str, float]) -> float:
         """A number that is larger for better steps."""
-        return _rank(metrics[self.metric or ""], self.mode)
+        return rank(metrics[self.metric or ""], self.mode)
 
 
 def save_model(model: Transformer, path: str | os.PathLike[str], *, quant: str | None = None) -> None:
     """Writes a model directory, complete or not at all; `quant` as in `model_meta`."""
-    directory = _directory(path)
+    directory = absolute(path)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory; choose another one or remove it.")
     record = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "meta": {"model": model_meta(model, quant=quant)},
         "metrics": None,
         "ranked_by": None,
@@ -227,7 +223,7 @@ def load_model(
     meta = read_model_meta(directory)
     cfg = config_of(meta)
     model = abstract(cfg, dtype or meta["dtype"], compute_dtype=compute_dtype or dtype or meta["compute_dtype"])
-    saved = {name: form for name, form in _saved_forms(directory).items() if name.startswith(PARAMETERS)}
+    saved = {name: form for name, form in saved_forms(directory).items() if name.startswith(PARAMETERS)}
     stored_as = {name.split(".", 1)[1]: name for name in saved}
     forms = {short: saved[name] for short, name in stored_as.items()}
     like = {}
@@ -238,7 +234,7 @@ def load_model(
     wrong = Mismatch.between({n: s.shape for n, s in like.items()}, {n: form.shape for n, form in forms.items()})
     if wrong:
         raise UserError(f"{directory} does not hold the parameters of its own config: {wrong}.")
-    values = _read_arrays(directory, {stored_as[name]: value for name, value in like.items()})
+    values = read_arrays(directory, {stored_as[name]: value for name, value in like.items()})
     return with_arrays(model, {name: values[stored_as[name]] for name in like})
 
 
@@ -275,174 +271,3 @@ def read_model_meta(path: str | os.PathLike[str], step: Which = "latest") -> dic
             f"{directory} says nothing about its model; it was not written by this project's training or convert."
         )
     return meta
-
-
-def compare_configs(
-    saved: Mapping[str, Any], now: Mapping[str, Any], ignore: frozenset[str] | set[str] = frozenset()
-) -> list[str]:
-    """Lines `key: saved -> now` for every dotted key that differs; `ignore` holds dotted keys or whole sections."""
-
-    def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in config.items():
-            if isinstance(value, Mapping) and value:
-                out |= flat(value, f"{prefix}{key}.")
-            else:
-                out[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-        return out
-
-    old, new = flat(saved), flat(now)
-    skipped = {key for key in old.keys() | new.keys() if any(key == i or key.startswith(f"{i}.") for i in ignore)}
-    keys = [key for key in {**old, **new} if key not in skipped]
-    absent = "(absent)"
-    differ = [key for key in keys if old.get(key, absent) != new.get(key, absent)]
-    return [f"{key}: {old.get(key, absent)!r} -> {new.get(key, absent)!r}" for key in differ]
-
-
-def refuse_other_config(
-    directory: str | os.PathLike[str],
-    saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-    ignore: frozenset[str] | set[str] = frozenset(),
-) -> None:
-    """UserError with the differing keys unless a run may go on with `now` where it stood with `saved`."""
-    differ = compare_configs(saved, now, ignore)
-    if differ:
-        raise UserError(
-            f"{os.fspath(directory)} holds a run with another config ({listed(differ, '; ')}); set these back, or choose "
-            "another directory."
-        )
-
-
-def is_store(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a model directory, a training step, or a run with committed steps."""
-    directory = _directory(path)
-    return _is_step(directory) or any(committed_steps(root) for root in _roots(directory))
-
-
-def step_directory(path: str | os.PathLike[str], step: Which = "latest") -> epath.Path:
-    """The step directory that `path` is, or the one of its steps that `step` asks for.
-
-    A run's steps stand in it directly or in its `checkpoints`.
-    """
-    directory = _directory(path)
-    if not directory.exists():
-        raise UserError(f"The checkpoint directory {str(directory)!r} does not exist.")
-    if _is_step(directory):
-        return directory
-    root = next((root for root in _roots(directory) if committed_steps(root)), None)
-    if root is None:
-        raise UserError(
-            f"{directory} holds no committed checkpoint; wanted a model directory, a step, or a training run."
-        )
-    steps = committed_steps(root)
-    chosen = max(steps) if step == "latest" else best_step(root) if step == "best" else step
-    if chosen is None:
-        raise UserError(f"No step in {root} was saved with a metric, so none is best; use step='latest'.")
-    if chosen not in steps:
-        raise UserError(f"{root} has no step {chosen}; committed steps: {listed(map(str, steps))}.")
-    return root / str(chosen)
-
-
-def committed_steps(directory: epath.Path) -> list[int]:
-    """Steps in a run's directory whose writing was finished, in order."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isascii() and p.name.isdigit() and _is_step(p))
-
-
-def best_step(directory: epath.Path) -> int | None:
-    """The committed step that its own metric ranks first; None where no step has one."""
-    ranks = {}
-    for step in committed_steps(directory):
-        record = read_record(directory / str(step))
-        if record.get("ranked_by"):
-            metric, mode = record["ranked_by"]
-            ranks[step] = _rank(record["metrics"][metric], mode)
-    return max(ranks, key=lambda step: (ranks[step], -step), default=None)
-
-
-def read_record(directory: epath.Path) -> dict[str, Any]:
-    """The JSON item of a step: the caller's `meta`, `metrics`, `ranked_by`."""
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            record = reader.restore(directory / "meta", args=ocp.args.JsonRestore())
-    except Exception as error:
-        raise _damaged(directory, error) from error
-    if not isinstance(record, dict) or not isinstance(record.get("meta"), dict):
-        raise UserError(f"{directory} is damaged or not ours: its meta item is no record of this project.")
-    if record.get("format") != _FORMAT:
-        raise UserError(f"{directory} has checkpoint format {record.get('format')!r}; this version reads {_FORMAT}.")
-    return record
-
-
-@dataclasses.dataclass(frozen=True)
-class _Form:
-    """Shape and dtype of an array, saved or wanted."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.dtype}{list(self.shape)}"
-
-
-def _form(value: Any) -> _Form:
-    return _Form(tuple(value.shape), jnp.dtype(value.dtype).name)
-
-
-def _saved_forms(directory: epath.Path) -> dict[str, _Form]:
-    """What a step holds, without reading it."""
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            tree = reader.metadata(directory / "state").item_metadata.tree
-        return {name: _form(value) for name, value in tree.items()}
-    except Exception as error:
-        raise _damaged(directory, error) from error
-
-
-def _read_arrays(directory: epath.Path, like: dict[str, Any]) -> dict[str, jax.Array]:
-    """The arrays named in `like`, in its dtypes and shardings; others are not read."""
-    how = {}
-    for name, value in like.items():
-        sharding = value.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        how[name] = ocp.ArrayRestoreArgs(dtype=value.dtype, sharding=sharding, global_shape=value.shape)
-    structs = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in like.items()}
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            args = ocp.args.PyTreeRestore(item=structs, restore_args=how, partial_restore=True)
-            return reader.restore(directory / "state", args=args)
-    except Exception as error:
-        raise _damaged(directory, error) from error
-
-
-def _damaged(directory: epath.Path, error: Exception) -> Exception:
-    """The UserError for whatever reading a step raised, unless memory ran out (Orbax raises bare Exceptions for bad data)."""
-    if isinstance(error, UserError | MemoryError | jax.errors.JaxRuntimeError):
-        return error
-    first = next(iter(str(error).splitlines()), type(error).__name__)
-    return UserError(f"The checkpoint {directory} is damaged or incomplete: {first[:300]}")
-
-
-def _rank(value: float, mode: str) -> float:
-    return -math.inf if math.isnan(value) else value if mode == "max" else -value
-
-
-def _directory(path: str | os.PathLike[str]) -> epath.Path:
-    text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(text))
-
-
-def _is_step(directory: epath.Path) -> bool:
-    """Whether a directory is a step that Orbax finished writing.
-
-    A local step gets its name last, by a rename; object stores have no rename, there a mark is written last. A finished
-    step that has lost a part counts too: reading it is an error that names it, not a silent step back.
-    """
-    if not any((directory / item).exists() for item in _ITEMS):
-        return False
-    return "://" not in os.fspath(directory) or (directory / "commit_success.txt").exists()
-
-
-def _roots(directory: epath.Path) -> tuple[epath.Path, epath.Path]:
-    return directory, directory / "checkpoints"
