@@ -192,7 +192,7 @@ _LARGE = dict(
 )
 # The tiny twins keep every structural feature of their elder; every input dim is a multiple of the 32-wide int4 block.
 _TINY = dict(
-    vocab_size=1024, hidden_size=128, head_dim=32, global_head_dim=64, sliding_window=64, max_position_embeddings=2048
+    vocab_size=896, hidden_size=128, head_dim=32, global_head_dim=64, sliding_window=64, max_position_embeddings=2048
 )
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -61,4 +61,6 @@ class Linear(Weight):
     """y[..., *outputs] = x[..., *inputs] . w; computes in the dtype of x."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.tensordot(x, self.rounded().astype(x.dtype), axes=self.n_in)
+        w = self.rounded().astype(x.dtype)
+        flat = x.reshape(-1, math.prod(w.shape[: self.n_in])) @ w.reshape(math.prod(w.shape[: self.n_in]), -1)
+        return flat.reshape(*x.shape[: x.ndim - self.n_in], *w.shape[self.n_in :])
