@@ -1,0 +1,1 @@
+"""One file per experiment; the docstring says what it does, where its numbers come from, and the exact command."""

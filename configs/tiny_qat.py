@@ -1,0 +1,28 @@
+"""Quantisation-aware training from the model `tiny_sft` leaves behind, distilled from its float weights.
+
+The grid is llama.cpp's Q4_0. A tenth of the learning rate and of the steps of tiny_sft: the weights only move to where rounding
+hurts less.
+
+    python -m launch.run --config=configs/tiny_qat.py
+    python -m launch.run --config=configs/tiny_qat.py --config.quant.grid=int4_sym7_g32
+"""
+
+from gemma4_jax import assets
+from launch.settings import defaults
+
+
+def get_config():
+    config = defaults("qat")
+    config.workdir = "runs/tiny_qat"
+    config.model.path = "runs/tiny_sft/checkpoints"
+    config.model.dtype = "float32"
+    config.tokenizer = str(assets.TOKENIZER)
+    config.data.paths = str(assets.TRAIN)
+    config.data.seq_len = 256
+    config.data.batch_size = 16
+    config.eval_data = {**config.data, "paths": str(assets.HELDOUT), "epochs": 1}
+    config.optim.learning_rate = 2e-4
+    config.optim.warmup_steps = 5
+    config.train.steps = 60
+    config.quant.grid = "q4_0"
+    return config

@@ -1,0 +1,21 @@
+"""Asks the model of `tiny_sft` one question, greedily.
+
+The tasks it has learned are those of `tiny_sft`; questions of another kind get nonsense.
+
+    python -m launch.run --config=configs/tiny_sample.py
+    python -m launch.run --config=configs/tiny_sample.py --config.prompts.text='How many times is red in: red blue red?'
+"""
+
+from gemma4_jax import assets
+from launch.settings import defaults
+
+
+def get_config():
+    config = defaults("sample")
+    config.model.path = "runs/tiny_sft/checkpoints"
+    config.model.dtype = "float32"
+    config.tokenizer = str(assets.TOKENIZER)
+    config.prompts = {"text": "How many times is road in: road bird road road plum?"}
+    config.sample.max_new_tokens = 64
+    config.sample.temperature = 0.0
+    return config

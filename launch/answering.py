@@ -1,0 +1,70 @@
+"""`task=sample` and `task=eval`: what needs a model that answers."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from gemma4_jax.data.pipeline import DataConfig, make_loader
+from gemma4_jax.data.source import FileRows
+from gemma4_jax.errors import UserError
+from gemma4_jax.eval import report
+from gemma4_jax.eval.exact_match import exact_match
+from gemma4_jax.eval.perplexity import evaluate_loss
+from gemma4_jax.infer import program
+from gemma4_jax.infer.generate import Completion, Sampler
+from gemma4_jax.infer.prompts import conversation, read_prompts
+from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.processor import Processor
+from launch.models import check_agreement, make_model, make_processor
+from launch.settings import EvalRun, SampleRun
+
+Write = Callable[[str], None]
+
+
+def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
+    """Answers the prompts of the settings."""
+    prompts = read_prompts(run.prompts)
+    model = make_model(run.model, run.seed)
+    processor = make_processor(run.tokenizer, run.model, model.cfg)
+    check_agreement(model.cfg, processor)
+    sampler = Sampler(model, processor, max_length=run.sample.max_length, batch_size=run.sample.batch_size)
+    return program.run_sample(
+        sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write
+    )
+
+
+def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
+    """Perplexity and exact match of a checkpoint on held-out rows."""
+    if "exact_match" in run.eval.metrics and run.data.kind != "chat":
+        raise UserError(f"exact match needs chats, but data.kind is {run.data.kind!r}; set eval.metrics=perplexity.")
+    model = make_model(run.model, run.seed)
+    processor = make_processor(run.tokenizer, run.model, model.cfg)
+    check_agreement(model.cfg, processor, run.data)
+    results: dict[str, float] = {}
+    if "perplexity" in run.eval.metrics:
+        results |= held_out_loss(model, processor, run.data, run.eval.max_examples, write)
+        write(report.losses(results))
+    if "exact_match" in run.eval.metrics:
+        rows = [conversation(row) for row in FileRows(run.data.paths)][: run.eval.max_examples]
+        sampler = Sampler(model, processor, max_length=run.sample.max_length, batch_size=run.sample.batch_size)
+        found = exact_match(rows, lambda prompts: program.answer(sampler, prompts, run.sample, seed=run.seed, write=write))
+        write(f"{report.scores(found)}\n{report.wrong_answers(found.wrong, run.eval.show_wrong)}".rstrip())
+        results["exact_match"] = found.overall.accuracy
+    if run.workdir is not None:
+        path = Path(run.workdir) / "eval.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        write(f"wrote {path}")
+    return results
+
+
+def held_out_loss(
+    model: Transformer, processor: Processor, data: DataConfig, max_rows: int | None, write: Write
+) -> dict[str, float]:
+    """Loss and perplexity over one pass of the rows in file order."""
+    loader = make_loader(dataclasses.replace(data, epochs=1, shuffle=False), processor)
+    try:
+        write(f"held-out data\n{loader.summary.table()}")
+        return evaluate_loss(model, loader, max_batches=None if max_rows is None else -(-max_rows // data.batch_size))
+    finally:
+        loader.close()

@@ -1,0 +1,54 @@
+"""Models and processors from the settings that name them, checked against each other before anything expensive."""
+
+from pathlib import Path
+
+from gemma4_jax import assets
+from gemma4_jax.checkpoint.load import load
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.data.pipeline import DataConfig
+from gemma4_jax.errors import UserError
+from gemma4_jax.model.transformer import Transformer, init
+from gemma4_jax.processor import Processor
+from gemma4_jax.tokenizer import FILE_NAMES
+from launch.settings import ModelSection
+
+
+def make_model(section: ModelSection, seed: int) -> Transformer:
+    """The model of a checkpoint, or a variant with random weights."""
+    if section.path is not None:
+        return load(
+            section.path, dtype=section.param_dtype, compute_dtype=section.dtype, text_only=section.text_only
+        )
+    assert section.variant is not None
+    cfg = ModelConfig.variant(section.variant, **section.overrides)
+    return init(cfg, seed, section.param_dtype, compute_dtype=section.dtype)
+
+
+def make_processor(tokenizer: str | None, section: ModelSection, cfg: ModelConfig) -> Processor:
+    """The tokenizer named, else the one beside the checkpoint, else the embedded one; with the variant's chat habits.
+
+    26B and 31B were trained with an empty thought channel in front of answers without a thought, E2B and E4B without.
+    """
+    beside = None if section.path is None else tokenizer_beside(section.path)
+    return Processor.load(tokenizer or beside or assets.TOKENIZER, empty_thought=not cfg.hidden_size_per_layer_input)
+
+
+def tokenizer_beside(checkpoint: str) -> Path | None:
+    """The directory with the checkpoint's tokenizer: its own, or one above (a training run keeps it beside its steps)."""
+    path = Path(checkpoint)
+    homes = (path, path.parent, path.parent.parent)
+    return next((home for home in homes if any((home / name).is_file() for name in FILE_NAMES)), None)
+
+
+def check_agreement(cfg: ModelConfig, processor: Processor, *data: DataConfig | None) -> None:
+    """UserError unless tokenizer, model and sequence lengths fit together."""
+    if processor.vocab_size != cfg.vocab_size:
+        raise UserError(
+            f"The tokenizer has {processor.vocab_size} pieces and the model {cfg.vocab_size}: set config.tokenizer to the "
+            "model's own, or for a new model config.model.overrides.vocab_size to the tokenizer's."
+        )
+    for config in data:
+        if config is not None and config.seq_len > cfg.max_position_embeddings:
+            raise UserError(
+                f"data.seq_len={config.seq_len} is beyond the model's context of {cfg.max_position_embeddings} tokens."
+            )

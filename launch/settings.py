@@ -1,0 +1,158 @@
+"""One frozen dataclass per task: exactly the sections that task reads, so a section it would ignore is an unknown key.
+
+A config file starts from `defaults(task)` and sets what differs; `read` turns the result into the dataclass, once.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from ml_collections import ConfigDict
+
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.data.pipeline import DataConfig
+from gemma4_jax.errors import UserError, did_you_mean
+from gemma4_jax.eval.exact_match import EvalConfig
+from gemma4_jax.infer.generate import SampleConfig
+from gemma4_jax.infer.prompts import PromptConfig
+from gemma4_jax.options import option
+from gemma4_jax.quant.policy import QuantConfig
+from gemma4_jax.train.loop import TrainConfig
+from gemma4_jax.train.optimizer import OptimConfig
+from launch import schema
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSection:
+    """Which model: a variant with random weights, or a checkpoint."""
+
+    NEEDS: ClassVar = ("variant or path",)
+
+    variant: str | None = option(None, "e2b, e4b, 26b_a4b, 31b or one of their tiny_ twins, with random weights")
+    path: str | None = option(
+        None, "a checkpoint: a Hugging Face directory, one of our model directories, or a run's checkpoints"
+    )
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "what layers compute in")
+    param_dtype: Literal["float32", "bfloat16"] = option("float32", "what parameters are stored in")
+    overrides: dict[str, Any] = option(factory=dict, help="ModelConfig fields of the variant to replace")
+    text_only: bool = option(False, "leave out the vision and audio towers of a Hugging Face checkpoint")
+
+    def __post_init__(self):
+        if (self.variant is None) == (self.path is None):
+            given = "neither" if self.variant is None else "both; set one of them to none"
+            raise UserError(f"config.model wants either variant or path, got {given}.")
+        if self.path is not None and self.overrides:
+            raise UserError("config.model.overrides changes a variant; the checkpoint at path has a config of its own.")
+        if self.variant is not None:  # complains about a wrong variant or field before anything starts
+            ModelConfig.variant(self.variant, **self.overrides)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertSection:
+    """From which checkpoint to which; both kinds of directory are read."""
+
+    source: str = option(help="checkpoint to read: a Hugging Face directory or one of our Orbax directories")
+    target: str = option(help="directory to write; must not exist yet")
+    format: Literal["hf", "orbax"] = option("hf", "what to write")
+    dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of the written tensors")
+    max_shard_size: str = option("5GB", "largest safetensors file")
+    text_only: bool = option(False, "leave out the vision and audio towers of a Hugging Face checkpoint")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every task has."""
+
+    task: str = option(help="which program")
+    workdir: str | None = option(None, "directory for what the run writes; training resumes from it", may_change=True)
+    seed: int = option(0, "of random weights and of sampling; data.seed orders the rows")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainRun(Run):
+    """What both ways of training share."""
+
+    model: ModelSection = option(help="the model to start from")
+    tokenizer: str | None = option(None, "tokenizer file; none: beside the checkpoint, else the embedded one")
+    data: DataConfig = option(help="training rows")
+    eval_data: DataConfig | None = option(None, "held-out rows; none: no evaluation")
+    optim: OptimConfig = option(factory=OptimConfig, help="optimizer and schedule")
+    train: TrainConfig = option(factory=TrainConfig, help="the loop")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftRun(TrainRun):
+    """Train on chat or text: full fine-tuning with a masked loss."""
+
+    task: Literal["sft"] = option("sft", "which program")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QatRun(TrainRun):
+    """Train with fake-quantised weights, distilled from the float model it starts from."""
+
+    task: Literal["qat"] = option("qat", "which program")
+    quant: QuantConfig = option(factory=QuantConfig, help="grid, tensors, distillation")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleRun(Run):
+    """Generate answers to prompts."""
+
+    task: Literal["sample"] = option("sample", "which program")
+    model: ModelSection = option(help="the model that answers")
+    tokenizer: str | None = option(None, "tokenizer file; none: beside the checkpoint, else the embedded one")
+    prompts: PromptConfig = option(help="what to answer: exactly one of text, file and chat")
+    sample: SampleConfig = option(factory=SampleConfig, help="how to draw tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalRun(Run):
+    """Measure a checkpoint on held-out rows: perplexity, exact match."""
+
+    task: Literal["eval"] = option("eval", "which program")
+    model: ModelSection = option(help="the model to measure")
+    tokenizer: str | None = option(None, "tokenizer file; none: beside the checkpoint, else the embedded one")
+    data: DataConfig = option(help="held-out rows")
+    eval: EvalConfig = option(factory=EvalConfig, help="what to measure")
+    sample: SampleConfig = option(factory=SampleConfig, help="how to draw tokens for exact_match")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertRun(Run):
+    """Rewrite a checkpoint: Hugging Face safetensors to Orbax or back, one tensor in memory at a time."""
+
+    task: Literal["convert"] = option("convert", "which program")
+    convert: ConvertSection = option(help="from where to where")
+
+
+TASKS: dict[str, type[Run]] = {
+    "sft": SftRun,
+    "qat": QatRun,
+    "sample": SampleRun,
+    "eval": EvalRun,
+    "convert": ConvertRun,
+}
+
+
+def defaults(task: str) -> Any:
+    """What a config file starts from: a ConfigDict of every key of the task that has a default.
+
+    Keys without one (a checkpoint to read, a data file) are for the config file or the command line to set. The ConfigDict
+    takes any key and value; `read` does the checking, in one place and with one kind of complaint.
+    """
+    return ConfigDict(schema.default_mapping(task_class(task)), type_safe=False, convert_dict=True)
+
+
+def read(mapping: Mapping[str, Any]) -> Run:
+    """The settings of the task that `mapping["task"]` names; UserError in one sentence otherwise."""
+    return schema.from_mapping(task_class(mapping.get("task")), mapping)
+
+
+def task_class(task: Any) -> type[Run]:
+    """The settings dataclass of a task."""
+    if task is None:
+        raise UserError(f"config.task must be set; known: {', '.join(TASKS)}.")
+    if task not in TASKS:
+        raise UserError(f"config.task is {task!r}, which is no task; {did_you_mean(str(task), TASKS)}")
+    return TASKS[task]

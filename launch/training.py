@@ -1,0 +1,146 @@
+"""`task=sft` and `task=qat`: one program; QAT adds grids on the weights and a teacher in the loss."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from gemma4_jax.checkpoint.store import Store, model_meta
+from gemma4_jax.data.pipeline import DataConfig, Loader, make_loader
+from gemma4_jax.data.source import FileRows
+from gemma4_jax.eval.exact_match import exact_match
+from gemma4_jax.eval.perplexity import evaluate_loss
+from gemma4_jax.eval.report import wrong_answers
+from gemma4_jax.infer.generate import Sampler
+from gemma4_jax.infer.prompts import conversation
+from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.processor import Processor
+from gemma4_jax.quant import policy
+from gemma4_jax.train.loop import Hooks, resume, train
+from gemma4_jax.train.metrics import Meter, Recorder, duration, si
+from gemma4_jax.train.optimizer import optimizer, schedule
+from gemma4_jax.train.state import TrainState
+from gemma4_jax.train.step import make_train_step
+from gemma4_jax.train.throughput import flops_per_token, peak_flops
+from launch.models import check_agreement, make_model, make_processor
+from launch.settings import QatRun, TrainRun
+
+SAMPLES = 2
+"""Held-out conversations shown during training."""
+
+
+def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainState:
+    """Trains, or goes on where the working directory stopped; returns the last state."""
+    started = time.perf_counter()
+    model = make_model(run.model, run.seed)
+    processor = make_processor(run.tokenizer, run.model, model.cfg)
+    check_agreement(model.cfg, processor, run.data, run.eval_data)
+    batches = _loader(run.data, processor)
+    write(f"data\n{batches.summary.table()}")
+    evaluate = None if run.eval_data is None else _evaluation(run.eval_data, processor, write)
+
+    template, teacher = model, None
+    if isinstance(run, QatRun):
+        template = policy.apply(model, run.quant)
+        write(f"weights on the grid\n{policy.coverage(template).table()}")
+        teacher = _teacher(run, model, processor, write)
+    optim = optimizer(run.optim, run.train.steps)
+    state = TrainState.create(template, optim, run.optim.freeze)
+    sizes = [sum(x.size for x in group.values()) for group in (state.params, state.frozen)]
+    write(f"training {si(sizes[0])} parameters, {si(sizes[1])} stay as they are; ready in {duration(time.perf_counter() - started)}")
+
+    workdir = None if run.workdir is None else Path(run.workdir)
+    store = None
+    if workdir is not None:
+        best = "loss" if run.train.keep_best and evaluate is not None else None
+        store = Store(workdir / "checkpoints", keep=run.train.keep, metric=best)
+        processor.save(workdir)
+    state = resume(store, state, batches)
+    done = int(state.step)
+    if done:
+        write(f"resumed after step {done} of {run.train.steps}")
+    distill = run.quant if isinstance(run, QatRun) and teacher is not None else None
+    step = make_train_step(
+        template,
+        optim,
+        grad_accum=run.train.grad_accum,
+        remat=run.train.remat,
+        distill_weight=distill.distill_weight if distill else 0.0,
+        reverse_kl=distill.reverse_kl if distill else False,
+    )
+    recorder = Recorder(workdir, done)
+    try:
+        state = train(
+            run.train,
+            state=state,
+            template=template,
+            step=step,
+            learning_rate=schedule(run.optim, run.train.steps),
+            batches=batches,
+            teacher=teacher,
+            store=store,
+            meta={"model": model_meta(template)},
+            recorder=recorder,
+            meter=Meter(run.train.steps, flops_per_token(model.cfg, run.data.seq_len), peak_flops()),
+            hooks=Hooks(evaluate, _samples(run, template, processor), write),
+        )
+    finally:
+        recorder.close()
+        batches.close()
+        if store is not None:
+            store.close()
+    where = "" if workdir is None else f"; committed in {workdir / 'checkpoints'}"
+    write(f"done: {run.train.steps} steps in {duration(time.perf_counter() - started)}{where}")
+    return state
+
+
+def _loader(config: DataConfig, processor: Processor) -> Loader:
+    return make_loader(
+        config, processor, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+
+
+def _evaluation(
+    config: DataConfig, processor: Processor, write: Callable[[str], None]
+) -> Callable[[Transformer], dict[str, float]]:
+    loader = _loader(config, processor)
+    write(f"held-out data\n{loader.summary.table()}")
+
+    def evaluate(model: Transformer) -> dict[str, float]:
+        loader.reset()
+        return evaluate_loss(model, loader)
+
+    return evaluate
+
+
+def _teacher(
+    run: QatRun, model: Transformer, processor: Processor, write: Callable[[str], None]
+) -> Transformer | None:
+    """The frozen float model of the loss: the one training starts from unless another is named."""
+    if run.quant.distill_weight == 0.0:
+        return None
+    if run.quant.teacher is None:
+        return model
+    section = type(run.model)(path=run.quant.teacher, dtype=run.model.dtype, param_dtype=run.model.param_dtype)
+    teacher = make_model(section, run.seed)
+    check_agreement(teacher.cfg, processor)
+    write(f"teacher: {run.quant.teacher}")
+    return teacher
+
+
+def _samples(run: TrainRun, template: Transformer, processor: Processor) -> Callable[[Transformer], str] | None:
+    """Answers to the first held-out conversations beside what the data say."""
+    if not run.train.sample_every or run.eval_data is None or run.eval_data.kind != "chat":
+        return None
+    rows = [conversation(row) for row, _ in zip(FileRows(run.eval_data.paths), range(SAMPLES), strict=False)]
+    sampler = Sampler(template, processor, max_length=run.data.seq_len, batch_size=SAMPLES)
+    prompts = [{**row, "messages": row["messages"][:-1]} for row in rows]
+
+    def sample(model: Transformer) -> str:
+        sampler.update(model)
+        answers = sampler.generate(prompts, max_new_tokens=64, temperature=0.0)
+        found = exact_match(rows, lambda _: answers)
+        return f"samples: {found.overall.correct} of {found.overall.total} as wanted\n{wrong_answers(found.wrong)}".rstrip()
+
+    return sample
