@@ -1,4 +1,4 @@
-"""Rewrites a checkpoint: Hugging Face safetensors to Orbax, or back. Streams, so memory holds one tensor at a time.
+"""Rewrites a checkpoint: Hugging Face safetensors to Orbax, or back. Memory holds the model once, and one block of rows beyond it.
 
 bfloat16 to bfloat16 is bit-identical in both directions.
 

@@ -14,15 +14,17 @@ from launch.settings import defaults
 def get_config():
     config = defaults("qat")
     config.workdir = "runs/tiny_qat"
-    config.model.path = "runs/tiny_sft/checkpoints"
+    config.model.path = "runs/tiny_sft"
     config.model.dtype = "float32"
     config.tokenizer = str(assets.TOKENIZER)
     config.data.paths = str(assets.TRAIN)
-    config.data.seq_len = 256
-    config.data.batch_size = 16
+    config.data.seq_len = 144
+    config.data.batch_size = 8
     config.eval_data = {**config.data, "paths": str(assets.HELDOUT), "epochs": 1}
     config.optim.learning_rate = 2e-4
     config.optim.warmup_steps = 5
-    config.train.steps = 60
+    config.train.steps = 100
+    config.train.log_every = 20
     config.quant.grid = "q4_0"
+    config.quant.distill_weight = 0.5
     return config

@@ -12,7 +12,7 @@ from launch.settings import defaults
 
 def get_config():
     config = defaults("sample")
-    config.model.path = "runs/tiny_sft/checkpoints"
+    config.model.path = "runs/tiny_sft"
     config.model.dtype = "float32"
     config.tokenizer = str(assets.TOKENIZER)
     config.prompts = {"text": "How many times is road in: road bird road road plum?"}

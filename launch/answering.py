@@ -29,9 +29,7 @@ def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
     processor = make_processor(run.tokenizer, run.model, model.cfg)
     check_agreement(model.cfg, processor)
     sampler = Sampler(model, processor, max_length=run.sample.max_length, batch_size=run.sample.batch_size)
-    return program.run_sample(
-        sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write
-    )
+    return program.run_sample(sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write)
 
 
 def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
@@ -48,7 +46,9 @@ def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
     if "exact_match" in run.eval.metrics:
         rows = [conversation(row) for row in FileRows(run.data.paths)][: run.eval.max_examples]
         sampler = Sampler(model, processor, max_length=run.sample.max_length, batch_size=run.sample.batch_size)
-        found = exact_match(rows, lambda prompts: program.answer(sampler, prompts, run.sample, seed=run.seed, write=write))
+        found = exact_match(
+            rows, lambda prompts: program.answer(sampler, prompts, run.sample, seed=run.seed, write=write)
+        )
         write(f"{report.scores(found)}\n{report.wrong_answers(found.wrong, run.eval.show_wrong)}".rstrip())
         results["exact_match"] = found.overall.accuracy
     if run.workdir is not None:

@@ -9,6 +9,7 @@ from gemma4_jax.checkpoint.load import load
 from gemma4_jax.checkpoint.store import save_model
 from gemma4_jax.errors import UserError
 from gemma4_jax.processor import Processor
+from gemma4_jax.quant import policy
 from gemma4_jax.tokenizer import find_file
 from gemma4_jax.train.metrics import duration, si
 from launch.models import tokenizer_beside
@@ -23,12 +24,19 @@ def run_convert(run: ConvertRun, write: Callable[[str], None] = print) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"convert.target {config.target!r} exists and is not an empty directory; choose another.")
     model = load(config.source, dtype=config.dtype, text_only=config.text_only)
+    if policy.grid_names(model):
+        model = policy.snap(model)
+        write("weights rounded to the grid they were trained on")
     home = tokenizer_beside(config.source)
     processor = None if home is None else Processor.load(home)
     if processor is None:
         write(f"no tokenizer beside {config.source}; put one into {config.target} by hand")
     if config.format == "hf":
-        options = {} if home is None or processor is None else {"stop_ids": processor.stop_ids, "extra_files": [find_file(home)]}
+        options = (
+            {}
+            if home is None or processor is None
+            else {"stop_ids": processor.stop_ids, "extra_files": [find_file(home)]}
+        )
         save_hf(model, target, dtype=config.dtype, max_shard_size=config.max_shard_size, **options)
     else:
         save_model(model, target)

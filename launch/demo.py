@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TypeVar
 
 from gemma4_jax.checkpoint.load import load
 from gemma4_jax.data.source import FileRows
@@ -22,12 +23,14 @@ from gemma4_jax.quant import policy
 from gemma4_jax.train.metrics import duration
 from launch.models import make_model, make_processor
 from launch.run import load_config, quiet_libraries
-from launch.settings import EvalRun, QatRun, SftRun, read
+from launch.settings import EvalRun, QatRun, Run, SftRun, read
 from launch.training import run_training
 
 HOME = Path("runs/demo")
 SHOWN = 4
 """Held-out questions printed with their answers."""
+
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,9 @@ def main() -> int:
     header = ("model", "weights", "exact match", "of tool calls", "training s", "tokens/s")
     print(f"\nheld-out exact match, {len(ask.rows)} questions no training row contains")
     print(table(header, [stage.row() for stage in stages]))
-    print(f"\nall in {duration(time.perf_counter() - started)}; checkpoints, metrics and TensorBoard files are in {HOME}")
+    print(
+        f"\nall in {duration(time.perf_counter() - started)}; checkpoints, metrics and TensorBoard files are in {HOME}"
+    )
     return 0
 
 
@@ -110,7 +115,7 @@ class Questions:
             print(f"  > {prompt['messages'][-1]['content']}\n    {shown(completion)}")
 
 
-def _settings(config: str, kind: type, workdir: Path | None):
+def _settings(config: str, kind: type[AnyRun], workdir: Path | None) -> AnyRun:
     run = read(load_config(f"configs/{config}.py"))
     assert isinstance(run, kind)
     return dataclasses.replace(run, workdir=None if workdir is None else str(workdir))

@@ -16,9 +16,7 @@ from launch.settings import ModelSection
 def make_model(section: ModelSection, seed: int) -> Transformer:
     """The model of a checkpoint, or a variant with random weights."""
     if section.path is not None:
-        return load(
-            section.path, dtype=section.param_dtype, compute_dtype=section.dtype, text_only=section.text_only
-        )
+        return load(section.path, dtype=section.param_dtype, compute_dtype=section.dtype, text_only=section.text_only)
     assert section.variant is not None
     cfg = ModelConfig.variant(section.variant, **section.overrides)
     return init(cfg, seed, section.param_dtype, compute_dtype=section.dtype)

@@ -58,7 +58,9 @@ def _refuse_other_config(before: Mapping[str, Any], now: Mapping[str, Any], cls:
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     flat, known = _flat(values), _flat(json.loads(json.dumps(defaults)))
-    known |= {f"eval_{key}": value for key, value in known.items() if key.startswith("data.")}  # a section none by default
+    known |= {
+        f"eval_{key}": value for key, value in known.items() if key.startswith("data.")
+    }  # a section none by default
     return {key: value for key, value in flat.items() if key != "task" and (key not in known or known[key] != value)}
 
 

@@ -120,7 +120,7 @@ class EvalRun(Run):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertRun(Run):
-    """Rewrite a checkpoint: Hugging Face safetensors to Orbax or back, one tensor in memory at a time."""
+    """Rewrite a checkpoint: Hugging Face safetensors to Orbax or back; memory holds the model once."""
 
     task: Literal["convert"] = option("convert", "which program")
     convert: ConvertSection = option(help="from where to where")

@@ -38,7 +38,7 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     check_agreement(model.cfg, processor, run.data, run.eval_data)
     batches = _loader(run.data, processor)
     write(f"data\n{batches.summary.table()}")
-    evaluate = None if run.eval_data is None else _evaluation(run.eval_data, processor, write)
+    evaluate = None if run.eval_data is None else _evaluation(run.eval_data, processor, run.train.eval_batches, write)
 
     template, teacher = model, None
     if isinstance(run, QatRun):
@@ -48,7 +48,9 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     optim = optimizer(run.optim, run.train.steps)
     state = TrainState.create(template, optim, run.optim.freeze)
     sizes = [sum(x.size for x in group.values()) for group in (state.params, state.frozen)]
-    write(f"training {si(sizes[0])} parameters, {si(sizes[1])} stay as they are; ready in {duration(time.perf_counter() - started)}")
+    write(
+        f"training {si(sizes[0])} parameters, {si(sizes[1])} stay as they are; ready in {duration(time.perf_counter() - started)}"
+    )
 
     workdir = None if run.workdir is None else Path(run.workdir)
     store = None
@@ -96,27 +98,23 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
 
 
 def _loader(config: DataConfig, processor: Processor) -> Loader:
-    return make_loader(
-        config, processor, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+    return make_loader(config, processor, process_index=jax.process_index(), process_count=jax.process_count())
 
 
 def _evaluation(
-    config: DataConfig, processor: Processor, write: Callable[[str], None]
+    config: DataConfig, processor: Processor, max_batches: int | None, write: Callable[[str], None]
 ) -> Callable[[Transformer], dict[str, float]]:
     loader = _loader(config, processor)
     write(f"held-out data\n{loader.summary.table()}")
 
     def evaluate(model: Transformer) -> dict[str, float]:
         loader.reset()
-        return evaluate_loss(model, loader)
+        return evaluate_loss(model, loader, max_batches=max_batches)
 
     return evaluate
 
 
-def _teacher(
-    run: QatRun, model: Transformer, processor: Processor, write: Callable[[str], None]
-) -> Transformer | None:
+def _teacher(run: QatRun, model: Transformer, processor: Processor, write: Callable[[str], None]) -> Transformer | None:
     """The frozen float model of the loss: the one training starts from unless another is named."""
     if run.quant.distill_weight == 0.0:
         return None

@@ -140,7 +140,9 @@ def test_intermediates_layer_by_layer(variant: str):
         close(k[0], g.numbers[f"kv_{kind}_k"], atol=small)
         close(v[0], g.numbers[f"kv_{kind}_v"], atol=small)
     if "ple_inputs" in g.numbers:
-        close(np.moveaxis(seen["per_layer"][:, 0, g.numbers["ple_positions"]], 0, 1), g.numbers["ple_inputs"], atol=small)
+        close(
+            np.moveaxis(seen["per_layer"][:, 0, g.numbers["ple_positions"]], 0, 1), g.numbers["ple_inputs"], atol=small
+        )
     # The same layers scanned and unrolled: only the order of additions inside fused loops may differ.
     scanned = jax.jit(lambda m: m.hidden(batch["tokens"], batch["positions"]))(g.model)
     real = np.asarray(batch["positions"]) >= 0
@@ -171,6 +173,7 @@ def test_router_and_experts():
     g = golden("tiny_26b_a4b")
     n = g.numbers
     sparse = unroll(g.model).layers[int(n["moe_layer"])].sparse
+    assert sparse is not None
     residual = jnp.asarray(n["moe_router_input"])
     weights, index = sparse.router(residual)
     at, small = n["hidden_positions"], g.tolerance("intermediate_max")
@@ -180,7 +183,9 @@ def test_router_and_experts():
         np.take_along_axis(np.asarray(index), order, 1), np.take_along_axis(n["moe_index"][at], theirs, 1)
     )
     np.testing.assert_allclose(
-        np.take_along_axis(np.asarray(weights), order, 1), np.take_along_axis(n["moe_weights"][at], theirs, 1), atol=small
+        np.take_along_axis(np.asarray(weights), order, 1),
+        np.take_along_axis(n["moe_weights"][at], theirs, 1),
+        atol=small,
     )
     np.testing.assert_allclose(sparse.pre_norm(residual), n["moe_experts_input"], rtol=0, atol=small)
     out = sparse.experts(jnp.asarray(n["moe_experts_input"]), weights, index)

@@ -172,9 +172,7 @@ def test_bfloat16_computes_near_float32():
     assert bool((arrays(half)["embed.w"] == arrays(model)["embed.w"]).all())
 
 
-@pytest.mark.parametrize(
-    ("variant", "billions"), [("e2b", 4.63), ("e4b", 7.46), ("26b_a4b", 25.23), ("31b", 30.70)]
-)
+@pytest.mark.parametrize(("variant", "billions"), [("e2b", 4.63), ("e4b", 7.46), ("26b_a4b", 25.23), ("31b", 30.70)])
 def test_number_of_text_parameters(variant: str, billions: float):
     leaves = jax.tree.leaves(abstract(ModelConfig.variant(variant)))
     assert sum(leaf.size for leaf in leaves) / 1e9 == pytest.approx(billions, abs=0.006)

@@ -226,10 +226,11 @@ def test_launch_runs_the_task_and_keeps_the_config(launch, tmp_path):
     assert [path.name for path in (tmp_path / "w").iterdir()] == ["config_sft.json"]
 
 
-def test_launch_refuses_a_directory_with_another_config(launch):
+def test_launch_refuses_a_directory_with_another_config(launch, tmp_path):
     arguments = ("--config=configs/tiny_sft.py", "--config.workdir=w")
+    assert launch(*arguments, "--config.seed=9")[0] == 0  # nothing was saved, so nothing binds
     assert launch(*arguments)[0] == 0
-    assert launch(*arguments)[0] == 0
+    (tmp_path / "w" / "checkpoints" / "3").mkdir(parents=True)
     code, _, err, seen = launch(*arguments, "--config.seed=7", "--config.model.dtype=bfloat16")
     assert (code, len(seen)) == (1, 2)
     assert "config.seed was 0 and is now 7" in err

@@ -1,11 +1,7 @@
 """What a checkpoint holds against what is wanted, as one sentence: tensors, and the config of a run."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Mapping
-from typing import Any
-
-from gemma4_jax.errors import UserError
 
 LISTED = 8
 """Names an error message lists before it only counts."""
@@ -52,41 +48,4 @@ class Mismatch:
                 ("misshaped", self.misshaped),
             )
             if names
-        )
-
-
-def compare_configs(
-    saved: Mapping[str, Any], now: Mapping[str, Any], ignore: frozenset[str] | set[str] = frozenset()
-) -> list[str]:
-    """Lines `key: saved -> now` for every dotted key that differs; `ignore` holds dotted keys or whole sections."""
-
-    def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in config.items():
-            if isinstance(value, Mapping) and value:
-                out |= flat(value, f"{prefix}{key}.")
-            else:
-                out[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
-        return out
-
-    old, new = flat(saved), flat(now)
-    skipped = {key for key in old.keys() | new.keys() if any(key == i or key.startswith(f"{i}.") for i in ignore)}
-    keys = [key for key in {**old, **new} if key not in skipped]
-    absent = "(absent)"
-    differ = [key for key in keys if old.get(key, absent) != new.get(key, absent)]
-    return [f"{key}: {old.get(key, absent)!r} -> {new.get(key, absent)!r}" for key in differ]
-
-
-def refuse_other_config(
-    directory: str | os.PathLike[str],
-    saved: Mapping[str, Any],
-    now: Mapping[str, Any],
-    ignore: frozenset[str] | set[str] = frozenset(),
-) -> None:
-    """UserError with the differing keys unless a run may go on with `now` where it stood with `saved`."""
-    differ = compare_configs(saved, now, ignore)
-    if differ:
-        raise UserError(
-            f"{os.fspath(directory)} holds a run with another config ({listed(differ, '; ')}); set these back, or choose "
-            "another directory."
         )

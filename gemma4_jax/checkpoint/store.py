@@ -32,6 +32,7 @@ from gemma4_jax.config import ModelConfig, Rope
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays, is_trainable, variables, with_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
+from gemma4_jax.quant.policy import apply_names, grid_names
 
 PARAMETERS = ("params.", "frozen.")
 """Prefixes of the arrays that are the model: those that training moves and those it does not."""
@@ -181,14 +182,14 @@ class Store:
         return rank(metrics[self.metric or ""], self.mode)
 
 
-def save_model(model: Transformer, path: str | os.PathLike[str], *, quant: str | None = None) -> None:
-    """Writes a model directory, complete or not at all; `quant` as in `model_meta`."""
+def save_model(model: Transformer, path: str | os.PathLike[str]) -> None:
+    """Writes a model directory, complete or not at all."""
     directory = absolute(path)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory; choose another one or remove it.")
     record = {
         "format": FORMAT,
-        "meta": {"model": model_meta(model, quant=quant)},
+        "meta": {"model": model_meta(model)},
         "metrics": None,
         "ranked_by": None,
     }
@@ -210,6 +211,8 @@ def load_model(
     step: Which = "latest",
 ) -> Transformer:
     """The model of a model directory, of a training step, or of a run; optimizer state is not read.
+
+    A model that was trained on a grid comes back with it: its weights are rounded where they are used, as in training.
 
     Args:
       path: one of these directories.
@@ -235,15 +238,16 @@ def load_model(
     if wrong:
         raise UserError(f"{directory} does not hold the parameters of its own config: {wrong}.")
     values = read_arrays(directory, {stored_as[name]: value for name, value in like.items()})
-    return with_arrays(model, {name: values[stored_as[name]] for name in like})
+    loaded = with_arrays(model, {name: values[stored_as[name]] for name in like})
+    return apply_names(loaded, meta["quant"]) if meta["quant"] else loaded
 
 
-def model_meta(model: Transformer, *, quant: str | None = None) -> dict[str, Any]:
-    """What a checkpoint says about its model, as JSON: config, dtypes, and the name of the quantisation policy, if any."""
+def model_meta(model: Transformer) -> dict[str, Any]:
+    """What a checkpoint says about its model, as JSON: config, dtypes, and the grid of each group of weights that has one."""
     kept = variables(model)
     dtype = next(v.get_value().dtype for v in kept.values() if is_trainable(v))
     config = dataclasses.asdict(model.cfg)
-    return {"config": config, "dtype": dtype.name, "compute_dtype": model.compute_dtype, "quant": quant}
+    return {"config": config, "dtype": dtype.name, "compute_dtype": model.compute_dtype, "quant": grid_names(model)}
 
 
 def config_of(meta: Mapping[str, Any]) -> ModelConfig:

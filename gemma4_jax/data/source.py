@@ -25,7 +25,7 @@ class Row:
 
 
 class FileRows:
-    """Random access to the rows of files: `len(rows)`, `rows[index] -> Row`. Threads may share one; it pickles.
+    """Random access to the rows of files: `len(rows)`, `rows[index] -> Row`, iteration. Threads may share one; it pickles.
 
     Args:
         patterns: files or glob patterns; the files of a pattern are taken in sorted order.
@@ -71,6 +71,9 @@ class FileRows:
                 f"{where}: the file became shorter while it was in use; start again with the finished file."
             )
         return Row(where, data)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
 
     def close(self) -> None:
         """Closes the files; reading opens them again."""

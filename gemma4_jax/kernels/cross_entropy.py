@@ -1,6 +1,7 @@
 """The loss over 262,144 classes without ever holding [tokens, classes]: a chunk of rows at a time, gradients included.
 
-loss = sum over rows of weight * ((1 - a) * CE + a * KL), with logits = softcap * tanh(h . E^T / softcap) in float32.
+loss = sum over rows of weight * ((1 - a) * CE + a * KL), with logits = softcap * tanh(h . E^T / softcap) in float32,
+or h . E^T where softcap is None.
 Rows of weight 0 are sorted to the end and never multiplied. When the loss is differentiated, the forward pass computes
 the gradients chunk by chunk while the logits are there (three products per chunk, nothing recomputed) and the backward
 pass only scales them. Soft cap: Gemma 2 report (arXiv:2408.00118), section 2.
@@ -25,7 +26,7 @@ Sums = dict[str, jax.Array]
 
 
 class Options(NamedTuple):
-    softcap: float
+    softcap: float | None
     chunk: int
     distill_weight: float
     reverse_kl: bool
@@ -48,7 +49,7 @@ def token_losses(
     targets_M: jax.Array,
     weights_M: jax.Array,
     *,
-    softcap: float,
+    softcap: float | None,
     chunk: int | None = None,
     teacher: Teacher = None,
     distill_weight: float = 0.0,
@@ -65,7 +66,7 @@ def token_losses(
     _check(hidden_MD, table_VD, targets_M, weights_M, teacher, distill_weight)
     rows = default_chunk(table_VD.shape[0]) if chunk is None else chunk
     rows = max(1, min(rows, hidden_MD.shape[0]))
-    options = Options(float(softcap), rows, float(distill_weight), reverse_kl)
+    options = Options(softcap, rows, float(distill_weight), reverse_kl)
     return _losses(options, hidden_MD, table_VD, targets_M, weights_M.astype(jnp.float32), teacher)
 
 
@@ -161,16 +162,20 @@ def _raw_logits(hidden_MD: jax.Array, table_VD: jax.Array) -> jax.Array:
     return jnp.einsum("MD,VD->MV", hidden_MD, table_VD, preferred_element_type=jnp.float32)
 
 
+def _capped(raw_MV, softcap: float | None):
+    return raw_MV if softcap is None else softcap * jnp.tanh(raw_MV / softcap)
+
+
 def _teacher_log_p(options: Options, part: Rows, teacher: Teacher) -> jax.Array | None:
     if teacher is None or part.teacher_hidden is None:
         return None
     raw = _raw_logits(part.teacher_hidden, teacher[1])
-    return jax.lax.stop_gradient(jax.nn.log_softmax(options.softcap * jnp.tanh(raw / options.softcap), axis=-1))
+    return jax.lax.stop_gradient(jax.nn.log_softmax(_capped(raw, options.softcap), axis=-1))
 
 
 def _chunk_loss(raw_MV: jax.Array, part: Rows, log_t_MV: jax.Array | None, options: Options) -> tuple[jax.Array, Sums]:
     """The loss of one chunk as a function of its uncapped logits, and the three sums."""
-    logits = options.softcap * jnp.tanh(raw_MV / options.softcap)
+    logits = _capped(raw_MV, options.softcap)
     lse_M = jax.nn.logsumexp(logits, axis=-1)
     # A comparison instead of a gather: its gradient is a select inside the same loop, not a scatter into [M, V].
     is_target = jnp.arange(raw_MV.shape[1], dtype=part.targets.dtype)[None, :] == part.targets[:, None]

@@ -17,8 +17,7 @@ def attend(
     | the keys' own tokens, T > window | yes    | banded: O(T x window)                      |
     | anything else                    | any    | chunked over queries: never [T, S] at once |
     """
-    banded = window is not None and kv.aligned and q_BTNH.shape[1] > window
-    kernel = banded_attention if banded else chunked_attention
-    return kernel(
-        q_BTNH, kv.k, kv.v, positions_BT, kv.positions, segment_ids_BT, kv.segment_ids, window=window
-    )
+    places = (positions_BT, kv.positions, segment_ids_BT, kv.segment_ids)
+    if window is not None and kv.aligned and q_BTNH.shape[1] > window:
+        return banded_attention(q_BTNH, kv.k, kv.v, *places, window=window)
+    return chunked_attention(q_BTNH, kv.k, kv.v, *places, window=window)

@@ -33,9 +33,7 @@ class Attention(nnx.Module):
     the value is the raw key projection, before key norm and rotation.
     """
 
-    def __init__(
-        self, cfg: ModelConfig, kind: LayerKind, owns_kv: bool, *, stack: Dims, rngs: nnx.Rngs, dtype: str
-    ):
+    def __init__(self, cfg: ModelConfig, kind: LayerKind, owns_kv: bool, *, stack: Dims, rngs: nnx.Rngs, dtype: str):
         embed, head = {"embed": cfg.hidden_size}, {"head_dim": cfg.head_size(kind)}
         queries = {"q_heads": cfg.num_attention_heads, **head}
         keys = {"kv_heads": cfg.kv_heads(kind), **head}
@@ -62,7 +60,8 @@ class Attention(nnx.Module):
 
     def keys_values(self, x_BTD: jax.Array, places: Places) -> tuple[jax.Array, jax.Array]:
         """k (normed and rotated) and v (normed) of the layer's own tokens, each [B, T, K, H]."""
-        assert self.k is not None and self.k_norm is not None
+        assert self.k is not None
+        assert self.k_norm is not None
         raw = self.k(x_BTD)
         v = raw if self.v is None else self.v(x_BTD)
         return rotate(self.k_norm(raw), places.turn[self.kind]), rms_norm(v, self.eps)

@@ -7,7 +7,7 @@ A scan over layers with the cache as its input and output makes XLA hold a secon
 import jax
 from flax import nnx
 
-from gemma4_jax.config import ModelConfig
+from gemma4_jax.config import LayerKind, ModelConfig
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
 from gemma4_jax.model.kv import KV, Cache, producers, slot_of, write
 from gemma4_jax.model.layer import Layer
@@ -36,8 +36,12 @@ class Decoder(nnx.Module):
         Rows with position -1 are idle: nothing is written for them. T may not exceed the `ahead` the cache was made
         for, or a ring would lose keys that the step's first tokens still see.
         """
-        slot = {kind: slot_of(positions_BT, where.shape[1]) for kind, where in cache.positions.items()}
-        positions = {kind: write(where, slot[kind], positions_BT) for kind, where in cache.positions.items()}
+        slot: dict[LayerKind, jax.Array] = {
+            kind: slot_of(positions_BT, where.shape[1]) for kind, where in cache.positions.items()
+        }
+        positions: dict[LayerKind, jax.Array] = {
+            kind: write(where, slot[kind], positions_BT) for kind, where in cache.positions.items()
+        }
         places = self.places(positions_BT)
         h, per_layer = self.embed_tokens(tokens_BT)
         written: list[tuple[jax.Array, jax.Array]] = []
@@ -45,7 +49,7 @@ class Decoder(nnx.Module):
         for index, layer in enumerate(self.layers):
             kind = layer.attention.kind
 
-            def keep(k, v, index=index, kind=kind):
+            def keep(k, v, index=index, kind: LayerKind = kind):
                 old_k, old_v = cache.layers[index]
                 written.append((write(old_k, slot[kind], k), write(old_v, slot[kind], v)))
                 return KV(*written[-1], positions[kind])

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 Dims = Mapping[str, int]

@@ -11,7 +11,8 @@ from gemma4_jax.model.attention import Places
 from gemma4_jax.model.kv import KV
 from gemma4_jax.model.layer import Layer
 
-SharedKV = dict[LayerKind, tuple[jax.Array, jax.Array]]
+KeyValue = tuple[jax.Array, jax.Array]
+SharedKV = dict[LayerKind, KeyValue]
 Collect = Callable[[LayerKind, jax.Array, jax.Array], Any]
 
 REMAT = {
@@ -97,11 +98,15 @@ class LayerStack(nnx.Module):
         start = (h_BTD, *self._nothing_yet(h_BTD, hand_on))
         xs = (self.sliding, self.full, sliding_inputs, full_inputs)
         (h, handed_sliding, handed_full), kept = jax.lax.scan(block_step, start, xs)
-        return h, ({"sliding": handed_sliding, "full": handed_full} if hand_on else None), kept
+        if handed_sliding is None or handed_full is None:
+            return h, None, kept
+        return h, {"sliding": handed_sliding, "full": handed_full}, kept
 
-    def _nothing_yet(self, h_BTD: jax.Array, hand_on: bool):
+    def _nothing_yet(self, h_BTD: jax.Array, hand_on: bool) -> tuple[KeyValue | None, KeyValue | None]:
         """The k, v that the scan's carry starts with; every layer overwrites them unread."""
         if not hand_on:
             return None, None
-        shapes = [layer.attention.kv_shape(h_BTD) for layer in (self.sliding, self.full)]
-        return tuple((jax.numpy.zeros(shape, h_BTD.dtype),) * 2 for shape in shapes)
+        sliding, full = (
+            jax.numpy.zeros(layer.attention.kv_shape(h_BTD), h_BTD.dtype) for layer in (self.sliding, self.full)
+        )
+        return (sliding, sliding), (full, full)

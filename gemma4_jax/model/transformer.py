@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma4_jax.config import KINDS, ModelConfig
+from gemma4_jax.config import KINDS, LayerKind, ModelConfig
 from gemma4_jax.model.attention import Places
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
 from gemma4_jax.model.kv import Cache, empty_cache, slot_of, write
 from gemma4_jax.model.norm import RMSNorm
-from gemma4_jax.model.rope import rotation
+from gemma4_jax.model.rope import Rotation, rotation
 from gemma4_jax.model.stack import Collect, LayerStack
 
 
@@ -48,7 +48,9 @@ class Transformer(nnx.Module):
 
     def places(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Places:
         """Positions, segments and the rotation of each layer kind."""
-        turn = {kind: rotation(positions_BT, self.cfg.head_size(kind), self.cfg.rope(kind)) for kind in KINDS}
+        turn: dict[LayerKind, Rotation] = {
+            kind: rotation(positions_BT, self.cfg.head_size(kind), self.cfg.rope(kind)) for kind in KINDS
+        }
         return Places(positions_BT, segment_ids_BT, turn)
 
     def embed_tokens(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
@@ -136,13 +138,13 @@ class Transformer(nnx.Module):
         for block in range(plan.blocks):
             layers += [(sliding[0][block, i], sliding[1][block, i]) for i in range(plan.sliding)]
             layers.append((full[0][block], full[1][block]))
-        positions = {kind: write(empty.positions[kind], slot[kind], positions_BT) for kind in KINDS}
+        positions: dict[LayerKind, jax.Array] = {
+            kind: write(empty.positions[kind], slot[kind], positions_BT) for kind in KINDS
+        }
         return h, Cache(tuple(layers), positions)
 
 
-def init(
-    cfg: ModelConfig, seed: int = 0, dtype: str = "float32", *, compute_dtype: str | None = None
-) -> Transformer:
+def init(cfg: ModelConfig, seed: int = 0, dtype: str = "float32", *, compute_dtype: str | None = None) -> Transformer:
     """A randomly initialised model; normal weights with variance 1/fan_in, norms and scalars 1."""
     # XLA's own generator: with JAX's default one, compiling the draws takes twice as long (12 s for a tiny model).
     return _random(jax.random.key(seed, impl="rbg"), cfg, dtype, compute_dtype)

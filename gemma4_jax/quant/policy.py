@@ -5,7 +5,7 @@ Works on every module that has a `role`, a `grid`, a variable `w` and `rounded()
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -141,13 +141,25 @@ def apply(model: M, config: QuantConfig) -> M:
         raise UserError(f"Nothing would be quantised: this model has no {' or '.join(absent)} weights.")
     if absent and config.cover is not None:
         raise UserError(f"quant.cover names {', '.join(absent)}, but this model has no such weights; take it out.")
+    return _with_grids(model, grids)
 
+
+def grid_names(model: Any) -> dict[str, str]:
+    """Role -> name of its grid, for the roles that have one: what a checkpoint says about its weights."""
+    return {module.role: module.grid.name for _, module in quantisable(model) if module.grid is not None}
+
+
+def apply_names(model: M, names: Mapping[str, str]) -> M:
+    """The model with the grids that `grid_names` gave for it."""
+    return _with_grids(model, {role: grid_named(name) for role, name in names.items()})
+
+
+def _with_grids(model: M, grids: Mapping[str, BlockGrid]) -> M:
     def visit(name: str, module: Any) -> Any:
         new = _copy(module)
         new.grid = grids.get(module.role)
         try:
-            if new.grid is not None:
-                jax.eval_shape(_rounded, new)
+            jax.eval_shape(_rounded, new)
         except UserError as error:
             raise UserError(f"{name}.w ({module.role}): {error}") from error
         return new

@@ -11,7 +11,7 @@ from gemma4_jax.checkpoint.store import Store
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.options import option
-from gemma4_jax.train.metrics import Meter, Recorder, Write
+from gemma4_jax.train.metrics import Meter, Recorder, Write, duration
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import TrainStep
 
@@ -25,6 +25,7 @@ class TrainConfig:
     remat: Literal["none", "full", "save_projections"] = option("none", "what the backward pass computes again")
     log_every: int = option(10, "steps between log lines", may_change=True)
     eval_every: int = option(0, "steps between evaluations; 0: only after the last", may_change=True)
+    eval_batches: int | None = option(None, "held-out batches an evaluation reads; none: all", may_change=True)
     sample_every: int = option(0, "steps between printed samples; 0: none", may_change=True)
     save_every: int = option(0, "steps between checkpoints; 0: only after the last", may_change=True)
     keep: int = option(2, "newest checkpoints that stay on disk", may_change=True)
@@ -102,6 +103,7 @@ def train(
       hooks: evaluation, samples, text output.
     """
     done = int(state.step)
+    compiled = False
     evaluated: dict[str, float] | None = None
 
     def due(every: int) -> bool:
@@ -109,7 +111,13 @@ def train(
 
     while done < config.steps:
         batch = _next(batches, done, config.steps)
+        began = time.perf_counter()
         state, metrics = step(state, batch, teacher)
+        if not compiled:
+            compiled = True
+            seconds = time.perf_counter() - began
+            hooks.write(f"compiled the step in {duration(seconds)}")
+            meter.pause(seconds)
         meter.add({**metrics, "learning_rate": learning_rate(done)})
         done += 1
 

@@ -12,7 +12,7 @@ Write = Callable[[str], None]
 
 def duration(seconds: float) -> str:
     """`2h05m`, `3m20s` or `12s`."""
-    whole = int(round(seconds))
+    whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"

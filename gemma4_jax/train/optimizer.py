@@ -1,9 +1,9 @@
 """AdamW with a schedule and clipping, and which parameters it moves."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 from flax import nnx
@@ -64,10 +64,14 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=lambda params: {name: decays(name) for name in params},
+            mask=_decay_mask,
         )
     )
     return optax.chain(*parts)
+
+
+def _decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
+    return {name: decays(name) for name in params}
 
 
 def decays(name: str) -> bool:

@@ -1,11 +1,12 @@
 """One optimizer step as one jitted function."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gemma4_jax.errors import UserError
@@ -15,7 +16,8 @@ from gemma4_jax.train.loss import Batch, loss_sum
 from gemma4_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Batch, Transformer | None], tuple[TrainState, Metrics]]
+HostBatch = Mapping[str, jax.Array | np.ndarray]
+TrainStep = Callable[[TrainState, HostBatch, Transformer | None], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -39,9 +41,7 @@ def make_train_step(
         def loss(params):
             model = with_arrays(template, {**params, **frozen})
             weight = distill_weight if teacher is not None else 0.0
-            return loss_sum(
-                model, batch, teacher=teacher, distill_weight=weight, reverse_kl=reverse_kl, remat=remat
-            )
+            return loss_sum(model, batch, teacher=teacher, distill_weight=weight, reverse_kl=reverse_kl, remat=remat)
 
         (total, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
         sums = {**sums, "loss_sum": total, "tokens": jnp.sum(batch["loss_weights"])}
@@ -58,9 +58,9 @@ def make_train_step(
         grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, state.params)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to the power of the int32 step
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params = cast(dict[str, jax.Array], optax.apply_updates(state.params, updates))
         metrics = {name: sums[f"{key}_sum"] * scale for name, key in _MEANS.items()}
-        metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": optax.global_norm(grads)}
+        metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return step

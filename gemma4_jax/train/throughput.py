@@ -2,7 +2,7 @@
 
 import jax
 
-from gemma4_jax.config import ModelConfig
+from gemma4_jax.config import LayerKind, ModelConfig
 
 # Dense bfloat16 FLOP/s of one JAX device, by device_kind. Cloud TPU system architecture pages (v4, v5e, v5p, v6e;
 # Ironwood 4,614 TFLOP/s float8 = 2,307 bfloat16 a chip, which JAX shows as two devices); NVIDIA H100 and A100 data sheets.
@@ -30,7 +30,8 @@ def flops_per_token(cfg: ModelConfig, seq_len: int) -> float:
     if cfg.hidden_size_per_layer_input:
         weights += width * cfg.num_hidden_layers * cfg.hidden_size_per_layer_input
     for stack in cfg.stacks:
-        for kind, layers in (("sliding", stack.blocks * stack.sliding), ("full", stack.blocks)):
+        counts: dict[LayerKind, int] = {"sliding": stack.blocks * stack.sliding, "full": stack.blocks}
+        for kind, layers in counts.items():
             head = cfg.head_size(kind)
             projections = 2 * cfg.num_attention_heads
             if stack.owns_kv:

@@ -1,0 +1,90 @@
+"""The time of an SFT step, forward, backward and AdamW in float32, beside transformers on the same weights and tokens."""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.worker import Answer, worker
+from gemma4_jax.checkpoint.hf import save_hf
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.errors import UserError
+from gemma4_jax.eval.report import table
+from gemma4_jax.model.transformer import init
+from gemma4_jax.train.metrics import si
+
+_BOTH = dict(vocab_size=32768, hidden_size=768, num_hidden_layers=12, head_dim=128, global_head_dim=256)
+_DENSE = dict(intermediate_size=3072, num_kv_shared_layers=6, hidden_size_per_layer_input=64)
+_HEADS = dict(num_attention_heads=8, num_key_value_heads=4, sliding_window=512)
+_EXPERTS = dict(intermediate_size=768, num_experts=32, top_k_experts=8, moe_intermediate_size=96)
+MODELS = {"dense": ("e4b", _BOTH | _DENSE), "moe": ("26b_a4b", _BOTH | _HEADS | _EXPERTS)}
+"""A variant and what makes it small: 112 and 137 million parameters beside the embeddings."""
+_QUICK = dict(vocab_size=512, hidden_size=64, head_dim=16, global_head_dim=32, sliding_window=16)
+TOLERANCE = 1e-4
+"""Relative difference of the first losses: rounding in float32 gives about 1e-7, another model or batch 1e-2."""
+
+
+def compare(names: list[str], *, quick: bool, steps: int, peer: Path | None, save: bool) -> None:
+    """Prints one table and the ratios; UserError if the two sides do not compute the same loss."""
+    facts = {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
+    print(f"{facts['cores']} cores, load average {facts['load_average']}; the sides take turns", flush=True)
+    sides = {"gemma4_jax": (sys.executable, "benchmarks.ours")}
+    if peer:
+        sides["transformers"] = (str(peer.absolute()), "benchmarks.peer_transformers")
+    records, notes = [], []
+    for name in names:
+        command = f"python -m benchmarks{' --quick' * quick} --models {name} --steps {steps}"
+        command += " --peer-python PATH" * (peer is not None)
+        found = [{"by": by, "command": command, **record} for by, record in _measure(name, quick, steps, sides).items()]
+        seconds = [record["median_s"] for record in found]
+        ratio = f"{seconds[1] / seconds[0]:.2f} times as fast as transformers" if peer else "not compared"
+        notes.append(f"{name}: {ratio}; {command}")
+        records += found
+    notes += dict.fromkeys(f"{record['by']}: {record['version']}" for record in records)
+    header = ("model", "parameters", "by", "median s", "best s", "tokens/s", "first s", "first loss", "last loss", "GB")
+    print(table(header, [_row(record) for record in records]), *notes, sep="\n")
+    if save:
+        path = Path(__file__).parent / "results" / ("train_quick.json" if quick else "train.json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(facts | {"records": records}, indent=1) + "\n")
+
+
+def _measure(name: str, quick: bool, steps: int, sides: dict[str, tuple[str, str]]) -> dict[str, Answer]:
+    """A record for each side. The first step compiles and is compared, not timed with the others."""
+    variant, sizes = MODELS[name]
+    cfg = ModelConfig.variant(variant, **sizes | (_QUICK if quick else {}))
+    tokens = np.random.default_rng(0).integers(3, cfg.vocab_size, (2, 64 if quick else 512), np.int32)
+    with contextlib.ExitStack() as stack:
+        checkpoint = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        save_hf(init(cfg), checkpoint, dtype="float32")
+        np.save(checkpoint / "tokens.npy", tokens)
+        step = {by: stack.enter_context(worker(*side, checkpoint)) for by, side in sides.items()}
+        answers = {by: [step[by]()] for by in sides}
+        ours, *others = [first["loss"] for (first,) in answers.values()]
+        if not all(abs(ours - loss) <= TOLERANCE * abs(loss) for loss in others):  # NaN fails too
+            raise UserError(
+                f"{name}: the first loss is {ours:.6f} here and {others[0]:.6f} there; both must be the same."
+            )
+        for turn in range(steps):
+            for by in list(sides)[:: 1 if turn % 2 else -1]:
+                answers[by].append(step[by]())
+    return {by: _record(name, tokens.size, found) for by, found in answers.items()}
+
+
+def _record(name: str, tokens: int, answers: list[Answer]) -> Answer:
+    first, *seconds = [answer["seconds"] for answer in answers]
+    median, losses = statistics.median(seconds), [answer["loss"] for answer in answers]
+    times = {"median_s": median, "tokens_per_s": tokens / median, "first_s": first, "seconds": seconds}
+    return {"model": name, **answers[-1], **times, "losses": losses}
+
+
+def _row(record: Answer) -> tuple:
+    times = (f"{record['median_s']:.3f}", f"{min(record['seconds']):.3f}", f"{record['tokens_per_s']:,.0f}")
+    losses = (f"{record['losses'][0]:.6f}", f"{record['losses'][-1]:.6f}")
+    peak = None if record["peak_gb"] is None else f"{record['peak_gb']:.2f}"
+    return record["model"], si(record["parameters"]), record["by"], *times, f"{record['first_s']:.1f}", *losses, peak
