@@ -8,7 +8,6 @@ import numpy as np
 
 from benchmarks.worker import serve
 from gemma4_jax.checkpoint.hf import load_hf
-from gemma4_jax.model.parameters import arrays
 from gemma4_jax.train.optimizer import OptimConfig, optimizer
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
@@ -36,7 +35,7 @@ def main(checkpoint: Path) -> None:
         state, metrics = jax.block_until_ready(train_step(state, batch, None))
         return float(metrics["loss"])
 
-    size = sum(value.size for value in arrays(model).values())
+    size = sum(value.size for value in state.params.values())
     serve({"version": f"jax {jax.__version__}", "parameters": size}, step)
 
 

@@ -31,8 +31,9 @@ TOLERANCE = 1e-4
 
 def compare(names: list[str], *, quick: bool, steps: int, peer: Path | None, save: bool) -> None:
     """Prints one table and the ratios; UserError if the two sides do not compute the same loss."""
-    facts = {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
-    print(f"{facts['cores']} cores, load average {facts['load_average']}; the sides take turns", flush=True)
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    busy = "; TOO BUSY for the numbers to mean much" * (load > 0.75 * cores)
+    print(f"{cores} cores, load average {load:.2f}{busy}", flush=True)
     sides = {"gemma4_jax": (sys.executable, "benchmarks.ours")}
     if peer:
         sides["transformers"] = (str(peer.absolute()), "benchmarks.peer_transformers")
@@ -51,7 +52,7 @@ def compare(names: list[str], *, quick: bool, steps: int, peer: Path | None, sav
     if save:
         path = Path(__file__).parent / "results" / ("train_quick.json" if quick else "train.json")
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(facts | {"records": records}, indent=1) + "\n")
+        path.write_text(json.dumps({"cores": cores, "load_average": load, "records": records}, indent=1) + "\n")
 
 
 def _measure(name: str, quick: bool, steps: int, sides: dict[str, tuple[str, str]]) -> dict[str, Answer]:
@@ -73,18 +74,19 @@ def _measure(name: str, quick: bool, steps: int, sides: dict[str, tuple[str, str
         for turn in range(steps):
             for by in list(sides)[:: 1 if turn % 2 else -1]:
                 answers[by].append(step[by]())
-    return {by: _record(name, tokens.size, found) for by, found in answers.items()}
+    return {by: {"model": name, "tokens": tokens.size, **_summary(found)} for by, found in answers.items()}
 
 
-def _record(name: str, tokens: int, answers: list[Answer]) -> Answer:
+def _summary(answers: list[Answer]) -> Answer:
     first, *seconds = [answer["seconds"] for answer in answers]
-    median, losses = statistics.median(seconds), [answer["loss"] for answer in answers]
-    times = {"median_s": median, "tokens_per_s": tokens / median, "first_s": first, "seconds": seconds}
-    return {"model": name, **answers[-1], **times, "losses": losses}
+    losses = [answer["loss"] for answer in answers]
+    facts = {key: answers[-1][key] for key in ("version", "parameters", "peak_gb")}
+    return facts | {"median_s": statistics.median(seconds), "first_s": first, "seconds": seconds, "losses": losses}
 
 
 def _row(record: Answer) -> tuple:
-    times = (f"{record['median_s']:.3f}", f"{min(record['seconds']):.3f}", f"{record['tokens_per_s']:,.0f}")
-    losses = (f"{record['losses'][0]:.6f}", f"{record['losses'][-1]:.6f}")
-    peak = None if record["peak_gb"] is None else f"{record['peak_gb']:.2f}"
-    return record["model"], si(record["parameters"]), record["by"], *times, f"{record['first_s']:.1f}", *losses, peak
+    median, first, best, losses = record["median_s"], record["first_s"], min(record["seconds"]), record["losses"]
+    times = (f"{median:.3f}", f"{best:.3f}", f"{record['tokens'] / median:,.0f}", f"{first:.1f}")
+    peak = record["peak_gb"] and f"{record['peak_gb']:.2f}"
+    both = (f"{losses[0]:.6f}", f"{losses[-1]:.6f}")
+    return record["model"], si(record["parameters"]), record["by"], *times, *both, peak

@@ -16,7 +16,7 @@ from gemma4_jax.infer.generate import Completion, Sampler
 from gemma4_jax.infer.prompts import conversation, read_prompts
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.processor import Processor
-from launch.models import check_agreement, make_model, make_processor
+from launch.models import check_agreement, make_model, make_processor, model_config
 from launch.settings import EvalRun, SampleRun
 
 Write = Callable[[str], None]
@@ -25,9 +25,10 @@ Write = Callable[[str], None]
 def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
     """Answers the prompts of the settings."""
     prompts = read_prompts(run.prompts)
+    cfg = model_config(run.model)
+    processor = make_processor(run.tokenizer, run.model, cfg)
+    check_agreement(cfg, processor)
     model = make_model(run.model, run.seed)
-    processor = make_processor(run.tokenizer, run.model, model.cfg)
-    check_agreement(model.cfg, processor)
     sampler = Sampler(model, processor, max_length=run.sample.max_length, batch_size=run.sample.batch_size)
     return program.run_sample(sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write)
 
@@ -36,9 +37,10 @@ def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
     """Perplexity and exact match of a checkpoint on held-out rows."""
     if "exact_match" in run.eval.metrics and run.data.kind != "chat":
         raise UserError(f"exact match needs chats, but data.kind is {run.data.kind!r}; set eval.metrics=perplexity.")
+    cfg = model_config(run.model)
+    processor = make_processor(run.tokenizer, run.model, cfg)
+    check_agreement(cfg, processor, run.data)
     model = make_model(run.model, run.seed)
-    processor = make_processor(run.tokenizer, run.model, model.cfg)
-    check_agreement(model.cfg, processor, run.data)
     results: dict[str, float] = {}
     if "perplexity" in run.eval.metrics:
         results |= held_out_loss(model, processor, run.data, run.eval.max_examples, write)

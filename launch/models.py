@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from gemma4_jax import assets
-from gemma4_jax.checkpoint.load import load
+from gemma4_jax.checkpoint.load import load, load_config
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.pipeline import DataConfig
 from gemma4_jax.errors import UserError
@@ -13,13 +13,19 @@ from gemma4_jax.tokenizer import FILE_NAMES
 from launch.settings import ModelSection
 
 
+def model_config(section: ModelSection) -> ModelConfig:
+    """What the model will be, before any weight is read or drawn."""
+    if section.path is not None:
+        return load_config(section.path)
+    assert section.variant is not None
+    return ModelConfig.variant(section.variant, **section.overrides)
+
+
 def make_model(section: ModelSection, seed: int) -> Transformer:
     """The model of a checkpoint, or a variant with random weights."""
     if section.path is not None:
         return load(section.path, dtype=section.param_dtype, compute_dtype=section.dtype, text_only=section.text_only)
-    assert section.variant is not None
-    cfg = ModelConfig.variant(section.variant, **section.overrides)
-    return init(cfg, seed, section.param_dtype, compute_dtype=section.dtype)
+    return init(model_config(section), seed, section.param_dtype, compute_dtype=section.dtype)
 
 
 def make_processor(tokenizer: str | None, section: ModelSection, cfg: ModelConfig) -> Processor:

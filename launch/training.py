@@ -7,8 +7,10 @@ from pathlib import Path
 import jax
 
 from gemma4_jax.checkpoint.store import Store, model_meta
+from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.pipeline import DataConfig, Loader, make_loader
 from gemma4_jax.data.source import FileRows
+from gemma4_jax.errors import UserError
 from gemma4_jax.eval.exact_match import exact_match
 from gemma4_jax.eval.perplexity import evaluate_loss
 from gemma4_jax.eval.report import wrong_answers
@@ -23,30 +25,35 @@ from gemma4_jax.train.optimizer import optimizer, schedule
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
 from gemma4_jax.train.throughput import flops_per_token, peak_flops
-from launch.models import check_agreement, make_model, make_processor
+from launch.models import check_agreement, make_model, make_processor, model_config
 from launch.settings import QatRun, TrainRun
 
-SAMPLES = 2
-"""Held-out conversations shown during training."""
+SAMPLES, SAMPLE_TOKENS = 2, 64
+"""Held-out conversations shown during training, and the most tokens of an answer."""
 
 
 def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainState:
     """Trains, or goes on where the working directory stopped; returns the last state."""
     started = time.perf_counter()
-    model = make_model(run.model, run.seed)
-    processor = make_processor(run.tokenizer, run.model, model.cfg)
-    check_agreement(model.cfg, processor, run.data, run.eval_data)
+    cfg = model_config(run.model)
+    processor = make_processor(run.tokenizer, run.model, cfg)
+    check_agreement(cfg, processor, run.data, run.eval_data)
+    if run.train.keep_best and run.eval_data is None:
+        raise UserError("train.keep_best ranks checkpoints by held-out loss, but config.eval_data is none; set it.")
     batches = _loader(run.data, processor)
     write(f"data\n{batches.summary.table()}")
     evaluate = None if run.eval_data is None else _evaluation(run.eval_data, processor, run.train.eval_batches, write)
 
-    template, teacher = model, None
-    if isinstance(run, QatRun):
-        template = policy.apply(model, run.quant)
-        write(f"weights on the grid\n{policy.coverage(template).table()}")
-        teacher = _teacher(run, model, processor, write)
+    model = make_model(run.model, run.seed)
+    teacher = _teacher(run, model, processor, write) if isinstance(run, QatRun) else None
+    quantised = policy.apply(model, run.quant) if isinstance(run, QatRun) else model
+    if policy.grid_names(quantised):
+        write(f"weights on the grid\n{policy.coverage(quantised).table()}")
     optim = optimizer(run.optim, run.train.steps)
-    state = TrainState.create(template, optim, run.optim.freeze)
+    state = TrainState.create(quantised, optim, run.optim.freeze, copy=teacher is model)
+    # From here on the state alone holds the weights: a second set would double the memory of the run.
+    template = jax.eval_shape(lambda m: m, quantised)
+    del model, quantised
     sizes = [sum(x.size for x in group.values()) for group in (state.params, state.frozen)]
     write(
         f"training {si(sizes[0])} parameters, {si(sizes[1])} stay as they are; ready in {duration(time.perf_counter() - started)}"
@@ -55,7 +62,7 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     workdir = None if run.workdir is None else Path(run.workdir)
     store = None
     if workdir is not None:
-        best = "loss" if run.train.keep_best and evaluate is not None else None
+        best = "loss" if run.train.keep_best else None
         store = Store(workdir / "checkpoints", keep=run.train.keep, metric=best)
         processor.save(workdir)
     state = resume(store, state, batches)
@@ -84,8 +91,8 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
             store=store,
             meta={"model": model_meta(template)},
             recorder=recorder,
-            meter=Meter(run.train.steps, flops_per_token(model.cfg, run.data.seq_len), peak_flops()),
-            hooks=Hooks(evaluate, _samples(run, template, processor), write),
+            meter=Meter(run.train.steps, flops_per_token(cfg, run.data.seq_len), peak_flops()),
+            hooks=Hooks(evaluate, _samples(run, cfg, processor), write),
         )
     finally:
         recorder.close()
@@ -127,17 +134,18 @@ def _teacher(run: QatRun, model: Transformer, processor: Processor, write: Calla
     return teacher
 
 
-def _samples(run: TrainRun, template: Transformer, processor: Processor) -> Callable[[Transformer], str] | None:
+def _samples(run: TrainRun, cfg: ModelConfig, processor: Processor) -> Callable[[Transformer], str] | None:
     """Answers to the first held-out conversations beside what the data say."""
     if not run.train.sample_every or run.eval_data is None or run.eval_data.kind != "chat":
         return None
     rows = [conversation(row) for row, _ in zip(FileRows(run.eval_data.paths), range(SAMPLES), strict=False)]
-    sampler = Sampler(template, processor, max_length=run.data.seq_len, batch_size=SAMPLES)
     prompts = [{**row, "messages": row["messages"][:-1]} for row in rows]
+    length = min(run.data.seq_len + SAMPLE_TOKENS, cfg.max_position_embeddings)
 
     def sample(model: Transformer) -> str:
-        sampler.update(model)
-        answers = sampler.generate(prompts, max_new_tokens=64, temperature=0.0)
+        # Made anew each time: its unrolled copy of the weights should not outlive the answers. Nothing compiles again.
+        sampler = Sampler(model, processor, max_length=length, batch_size=SAMPLES)
+        answers = sampler.generate(prompts, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
         found = exact_match(rows, lambda _: answers)
         return f"samples: {found.overall.correct} of {found.overall.total} as wanted\n{wrong_answers(found.wrong)}".rstrip()
 

@@ -22,7 +22,8 @@ from gemma4_jax.train.throughput import flops_per_token
 SMALL = dict(vocab_size=128, hidden_size=64, head_dim=16, global_head_dim=32, sliding_window=16)
 
 
-def small(variant: str = "tiny_e2b") -> Transformer:
+def small(variant: str = "tiny_31b") -> Transformer:
+    """The structure that compiles fastest; what differs between structures is compared in test_golden.py."""
     return init(ModelConfig.variant(variant, **SMALL), seed=3)
 
 
@@ -44,9 +45,8 @@ def after_one_step(model: Transformer, config: OptimConfig, **options) -> tuple[
     return step(TrainState.create(model, optim, config.freeze), batch_of(), None)
 
 
-@pytest.mark.parametrize("variant", ["tiny_e2b", "tiny_26b_a4b"])
-def test_micro_batches_change_nothing(variant: str):
-    model, config = small(variant), OptimConfig(learning_rate=1e-3)
+def test_micro_batches_change_nothing():
+    model, config = small(), OptimConfig(learning_rate=1e-3)
     whole, a = after_one_step(model, config)
     parts, b = after_one_step(model, config, grad_accum=4, remat="full")
     for name in ("loss", "tokens", "slots", "grad_norm", "accuracy"):
@@ -92,7 +92,8 @@ def test_only_matrices_decay():
     optim = optimizer(OptimConfig(weight_decay=0.1, learning_rate=1e-2), 10)
     params = {name: value for name, value in arrays(model).items() if name in names}
     with jax.numpy_dtype_promotion("standard"):
-        updates, _ = optim.update(jax.tree.map(jnp.zeros_like, params), optim.init(params), params)
+        still = jax.jit(lambda p: optim.update(jax.tree.map(jnp.zeros_like, p), optim.init(p), p)[0])
+        updates = still(params)
     moved = {name for name, update in cast(dict[str, jax.Array], updates).items() if bool(jnp.any(update != 0))}
     assert moved == decaying
 
@@ -117,7 +118,7 @@ def test_a_batch_without_trained_tokens_moves_nothing():
 
 
 def test_distillation_from_itself_is_zero_and_from_another_is_not():
-    model, other = small(), init(ModelConfig.variant("tiny_e2b", **SMALL), seed=9)
+    model, other = small(), init(ModelConfig.variant("tiny_31b", **SMALL), seed=9)
     optim = optax.sgd(0.0)
     for reverse in (False, True):
         step = make_train_step(model, optim, distill_weight=1.0, reverse_kl=reverse)
@@ -126,6 +127,19 @@ def test_distillation_from_itself_is_zero_and_from_another_is_not():
         assert abs(float(same["kl"])) < 1e-5
         assert float(different["kl"]) > 0.01
         assert float(different["loss"]) == pytest.approx(float(different["kl"]))
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_the_step_compiles_once(committed: bool):
+    """Also from weights that were read onto a device, whose arrays jit treats as another kind of input."""
+    model, optim = small(), optimizer(OptimConfig(), 10)
+    if committed:
+        model = jax.device_put(model, jax.devices()[0])
+    step = make_train_step(model, optim)
+    state = TrainState.create(model, optim, (), copy=False)
+    for seed in range(3):
+        state, _ = step(state, batch_of(seed=seed), None)
+    assert step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]  # a jitted function, typed as callable
 
 
 def test_state_survives_its_flat_form():

@@ -4,9 +4,10 @@ import os
 
 import jax
 
-from gemma4_jax.checkpoint.hf import checkpoint_directory, load_hf
+from gemma4_jax.checkpoint.hf import checkpoint_directory, load_hf, read_config
 from gemma4_jax.checkpoint.placement import Shardings, Which, default_device
 from gemma4_jax.checkpoint.shards import INDEX, SINGLE
+from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.transformer import Transformer
 
@@ -34,20 +35,36 @@ def load(
       UserError: the directory is missing, empty, neither kind, or damaged, in one sentence.
     """
     text = os.fspath(path)
-    hugging_face = False
+    if not _is_ours(text):
+        return load_hf(text, dtype=dtype, compute_dtype=compute_dtype, text_only=text_only, shardings=shardings)
+    from gemma4_jax.checkpoint import store  # Orbax takes a second to import
+
+    return store.load_model(text, dtype=dtype, compute_dtype=compute_dtype, shardings=shardings, step=step)
+
+
+def load_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """The config of the model that `load` would load, without reading a weight."""
+    text = os.fspath(path)
+    if not _is_ours(text):
+        return read_config(checkpoint_directory(text))
+    from gemma4_jax.checkpoint import store
+
+    return store.config_of(store.read_model_meta(text))
+
+
+def _is_ours(text: str) -> bool:
+    """True for an Orbax directory, False for a Hugging Face one (also one that lacks a part: reading it says which)."""
+    files: list[str] = []
     if "://" not in text:
-        directory = checkpoint_directory(text)
-        if (directory / SINGLE).exists() or (directory / INDEX).exists():
-            return load_hf(
-                directory, dtype=dtype, compute_dtype=compute_dtype, text_only=text_only, shardings=shardings
-            )
-        hugging_face = (directory / "config.json").exists() or any(directory.glob("*.safetensors"))
-    from gemma4_jax.checkpoint import steps, store  # Orbax takes a second to import
+        files = [file.name for file in checkpoint_directory(text).iterdir()]
+        if SINGLE in files or INDEX in files:
+            return False
+    from gemma4_jax.checkpoint import steps
 
     if steps.is_store(text):
-        return store.load_model(text, dtype=dtype, compute_dtype=compute_dtype, shardings=shardings, step=step)
-    if hugging_face:
-        return load_hf(text)  # its complaint says what is missing
+        return True
+    if "config.json" in files or any(name.endswith(".safetensors") for name in files):
+        return False
     raise UserError(
         f"{text} is no checkpoint: wanted config.json with {SINGLE} or {INDEX} (Hugging Face), or a model directory, step "
         "or run of this project."

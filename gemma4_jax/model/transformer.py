@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.config import KINDS, LayerKind, ModelConfig
+from gemma4_jax.errors import UserError
 from gemma4_jax.model.attention import Places
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
 from gemma4_jax.model.kv import Cache, empty_cache, slot_of, write
@@ -113,7 +114,7 @@ class Transformer(nnx.Module):
           remat: recompute policy of the backward pass, a key of `model.stack.REMAT`.
         """
         if media is not None:
-            raise NotImplementedError("this model reads text only; media must be None")
+            raise UserError("This model reads text only, so media must be None; images and audio need a later version.")
         return self.logits(self.hidden(tokens, positions, segment_ids, remat=remat))
 
     def prefill(

@@ -29,7 +29,9 @@ class TrainConfig:
     sample_every: int = option(0, "steps between printed samples; 0: none", may_change=True)
     save_every: int = option(0, "steps between checkpoints; 0: only after the last", may_change=True)
     keep: int = option(2, "newest checkpoints that stay on disk", may_change=True)
-    keep_best: bool = option(False, "also keep the checkpoint with the lowest evaluation loss", may_change=True)
+    keep_best: bool = option(
+        False, "evaluate at every save, and keep the checkpoint with the lowest loss too", may_change=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "grad_accum", "log_every", "keep"):
@@ -104,7 +106,6 @@ def train(
     """
     done = int(state.step)
     compiled = False
-    evaluated: dict[str, float] | None = None
 
     def due(every: int) -> bool:
         return (every > 0 and done % every == 0) or done == config.steps
@@ -128,7 +129,9 @@ def train(
             _refuse_bad_loss(values["loss"], done)
 
         paused = time.perf_counter()
-        if hooks.evaluate is not None and due(config.eval_every):
+        evaluated = None  # a checkpoint is ranked by its own evaluation, never by an older one
+        ranked = config.keep_best and due(config.save_every)
+        if hooks.evaluate is not None and (ranked or due(config.eval_every)):
             evaluated = hooks.evaluate(state.model(template))
             hooks.write(f"eval {done:>{len(str(config.steps))}}/{config.steps}  {_listed(evaluated)}")
             recorder.write(done, evaluated, prefix="eval")

@@ -24,16 +24,26 @@ class TrainState:
     opt_state: Any
 
     @classmethod
-    def create(cls, model: Transformer, optimizer: optax.GradientTransformation, freeze: Sequence[str]) -> "TrainState":
+    def create(
+        cls,
+        model: Transformer,
+        optimizer: optax.GradientTransformation,
+        freeze: Sequence[str],
+        *,
+        copy: bool = True,
+    ) -> "TrainState":
         """The state before step 0; only parameters that move get optimizer state.
 
-        The arrays are copies: the state is donated to every step, and the caller's model stays usable.
+        Every step takes the state's memory, so the model can be used afterwards only if its arrays are copied.
         """
         moving = trainable_names(model, freeze)
-        values = {name: jnp.copy(value) for name, value in arrays(model).items()}
+        # One program each: an operation per parameter and shape would compile dozens of them.
+        values = jax.jit(lambda x: jax.tree.map(jnp.copy, x))(arrays(model)) if copy else arrays(model)
         params = {name: value for name, value in values.items() if name in moving}
         frozen = {name: value for name, value in values.items() if name not in moving}
-        return cls(jnp.int32(0), params, frozen, optimizer.init(params))
+        state = cls(jnp.int32(0), params, frozen, jax.jit(optimizer.init)(params))
+        # Committed to where it is: a step's results are, and an input that is not would compile the second step again.
+        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
 
     def model(self, template: Transformer) -> Transformer:
         """The model with this state's arrays."""
