@@ -23,10 +23,11 @@ def run_convert(run: ConvertRun, write: Callable[[str], None] = print) -> None:
     target = Path(config.target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"convert.target {config.target!r} exists and is not an empty directory; choose another.")
-    model = load(config.source, dtype=config.dtype, text_only=config.text_only)
-    if policy.grid_names(model):
-        model = policy.snap(model)
-        write("weights rounded to the grid they were trained on")
+    # A grid is applied to the weights as stored; writing casts them.
+    dtype = config.dtype if config.format == "orbax" else None
+    model = load(config.source, dtype=dtype, text_only=config.text_only)
+    if config.format == "hf" and policy.grid_names(model):
+        write("weights are written as the grid they were trained on rounds them")
     home = tokenizer_beside(config.source)
     processor = None if home is None else Processor.load(home)
     if processor is None:

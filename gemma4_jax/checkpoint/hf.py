@@ -22,6 +22,7 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays, map_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
+from gemma4_jax.quant.policy import grid_names, snap
 
 STOP_IDS = (1, 106, 50)
 """<eos>, <turn|> and <|tool_response>: what the released generation_config.json files stop at."""
@@ -78,7 +79,7 @@ def save_hf(
     stop_ids: Sequence[int] = STOP_IDS,
     extra_files: Iterable[str | Path] = (),
 ) -> Path:
-    """Writes a text-only `Gemma4ForCausalLM` directory; the weights are written as they are, not as a grid rounds them.
+    """Writes a text-only `Gemma4ForCausalLM` directory; a model trained on a grid is written as the grid rounds it.
 
     Everything goes into a directory beside `path` that is renamed at the end, so `path` is complete or absent.
 
@@ -103,6 +104,7 @@ def save_hf(
     target = Path(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not an empty directory; choose another one or remove it.")
+    model = snap(model) if grid_names(model) else model
     partial = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
