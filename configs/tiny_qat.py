@@ -1,7 +1,7 @@
 """Quantisation-aware training from the model `tiny_sft` leaves behind, distilled from its float weights.
 
-The grid is llama.cpp's Q4_0. A tenth of the learning rate and of the steps of tiny_sft: the weights only move to where rounding
-hurts less.
+The grid is llama.cpp's Q4_0. A tenth of the learning rate and a fifth of the steps of tiny_sft: the weights only move to where
+rounding hurts less.
 
     python -m launch.run --config=configs/tiny_qat.py
     python -m launch.run --config=configs/tiny_qat.py --config.quant.grid=int4_sym7_g32

@@ -3,7 +3,7 @@
 The tasks it has learned are those of `tiny_sft`; questions of another kind get nonsense.
 
     python -m launch.run --config=configs/tiny_sample.py
-    python -m launch.run --config=configs/tiny_sample.py --config.prompts.text='How many times is red in: red blue red?'
+    python -m launch.run --config=configs/tiny_sample.py --config.prompts.text='Reverse: tree moon ship.'
 """
 
 from gemma4_jax import assets
@@ -15,7 +15,7 @@ def get_config():
     config.model.path = "runs/tiny_sft"
     config.model.dtype = "float32"
     config.tokenizer = str(assets.TOKENIZER)
-    config.prompts = {"text": "How many times is road in: road bird road road plum?"}
+    config.prompts = {"text": "Say the last word: cloud apple moon."}
     config.sample.max_new_tokens = 64
     config.sample.temperature = 0.0
     return config

@@ -1,6 +1,6 @@
 """Teaches a tiny E2B the embedded chat tasks: tool calls and their answers, sorting, sums, JSON.
 
-Reads and writes nothing outside the project and `runs/tiny_sft`; takes about two minutes on two CPU cores. The model keeps every
+Reads and writes nothing outside the project and `runs/tiny_sft`; takes two to four minutes on two CPU cores. The model keeps every
 structural feature of E2B (per-layer embeddings, shared KV, sliding and full layers). The learning rate is the usual one for a
 model of this size from random weights, a hundred times that of fine-tuning a released one.
 
