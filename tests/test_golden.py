@@ -153,7 +153,7 @@ def every_layer(model: Transformer, tokens: jax.Array, positions: jax.Array) -> 
     """A forward pass by hand over the unrolled layers, keeping everything."""
     decoder = unroll(model)
     places = decoder.places(positions)
-    h, per_layer = decoder.embed_tokens(tokens)
+    h, per_layer = decoder.embed_tokens(tokens, decoder.per_layer)
     out: dict[str, Any] = {"embeddings": h, "per_layer": per_layer, "hidden": [], "kv": []}
     own = producers(model.cfg)
     for index, layer in enumerate(decoder.layers):
@@ -163,7 +163,7 @@ def every_layer(model: Transformer, tokens: jax.Array, positions: jax.Array) -> 
         def keep(k, v):
             return KV(k, v, positions, aligned=True)
 
-        h, kv = layer(h, None if per_layer is None else per_layer[index], places, keep(*source) if source else keep)
+        h, kv, _ = layer(h, None if per_layer is None else per_layer[index], places, keep(*source) if source else keep)
         out["hidden"].append(h)
         out["kv"].append((kv.k, kv.v))
     return out | {"final": decoder.final_norm(h)}
@@ -175,7 +175,8 @@ def test_router_and_experts():
     sparse = unroll(g.model).layers[int(n["moe_layer"])].sparse
     assert sparse is not None
     residual = jnp.asarray(n["moe_router_input"])
-    weights, index = sparse.router(residual)
+    routing = sparse.router(residual[None])
+    weights, index = routing.weights[0], routing.index[0]
     at, small = n["hidden_positions"], g.tolerance("intermediate_max")
     order = np.argsort(np.asarray(index), axis=1)
     theirs = np.argsort(n["moe_index"][at], axis=1)
@@ -188,7 +189,7 @@ def test_router_and_experts():
         atol=small,
     )
     np.testing.assert_allclose(sparse.pre_norm(residual), n["moe_experts_input"], rtol=0, atol=small)
-    out = sparse.experts(jnp.asarray(n["moe_experts_input"]), weights, index)
+    out = sparse.experts(jnp.asarray(n["moe_experts_input"])[None], routing.weights, routing.index)[0]
     np.testing.assert_allclose(out, n["moe_experts_output"], rtol=0, atol=small)
     assert not np.allclose(rms_norm(out, 1e-6), out)  # the next norm hides a wrong scale: hence the values before it
 

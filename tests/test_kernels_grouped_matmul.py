@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma4_jax.kernels import reference
-from gemma4_jax.kernels.grouped_matmul import grouped_matmul
+from gemma4_jax.kernels import grouped_gpu, grouped_tpu, reference, sum_rows
+from gemma4_jax.kernels.grouped_matmul import grouped_gradients, grouped_matmul
 
 # Distributions of equally many rows over equally many experts share one compiled program.
 SIZES = {
@@ -34,9 +34,19 @@ def arrays(sizes, dtype, k=12, n=10):
     return lhs, rhs, jnp.array(sizes, jnp.int32), d_out
 
 
-def output_and_gradients(function, lhs, rhs, sizes, d_out):
-    out, pullback = jax.vjp(lambda a, b: function(a, b, sizes), lhs, rhs)
-    return (out, *pullback(d_out))
+def output_and_gradients(lhs, rhs, sizes, d_out):
+    return grouped_matmul(lhs, rhs, sizes), *grouped_gradients(lhs, rhs, sizes, d_out)
+
+
+def reference_and_gradients(lhs, rhs, sizes, d_out):
+    out, pullback = jax.vjp(lambda a, b: reference.grouped_matmul(a, b, sizes), lhs, rhs)
+    return out, *pullback(d_out)
+
+
+def zero_past(count, lhs, rhs, sizes, d_out):
+    """The same with zeros in rows from `count` on, whatever expert they belong to."""
+    real = jnp.arange(lhs.shape[0])[:, None] < count
+    return jnp.where(real, lhs, 0.0), rhs, sizes, jnp.where(real, d_out, 0.0)
 
 
 def assert_close(got, wanted, dtype):
@@ -59,7 +69,7 @@ def test_matches_reference(name, dtype):
     @jax.jit
     def both(lhs, rhs, sizes, d_out):
         traced.append(sizes)
-        return [output_and_gradients(f, lhs, rhs, sizes, d_out) for f in (grouped_matmul, reference.grouped_matmul)]
+        return [f(lhs, rhs, sizes, d_out) for f in (output_and_gradients, reference_and_gradients)]
 
     for sizes in SIZES[name]:
         got, wanted = both(*arrays(sizes, dtype))
@@ -67,18 +77,62 @@ def test_matches_reference(name, dtype):
     assert len(traced) == 1
 
 
-def test_composes_with_scan_and_checkpoint():
-    lhs, rhs, sizes, _ = arrays([3, 0, 5], jnp.float32, k=6, n=6)
-    stacked = jnp.stack([rhs, rhs * 0.5])
+def test_rows_past_the_sizes_are_zero_and_gradients_are_added():
+    lhs, rhs, _, d_out = arrays([7, 0, 6], jnp.float32)
+    sizes = jnp.array([4, 0, 5], jnp.int32)
+    wanted = reference_and_gradients(*zero_past(9, lhs, rhs, jnp.array([4, 0, 9], jnp.int32), d_out))
+    got = jax.jit(output_and_gradients)(lhs, rhs, sizes, d_out)
+    assert_close(got, wanted, jnp.float32)
+    for keep in (False, True):
+        added = grouped_gradients(lhs, rhs, sizes, d_out, jnp.ones_like(rhs), jnp.array(keep))
+        assert_close((got[0], *added), (wanted[0], wanted[1], wanted[2] + float(keep)), jnp.float32)
 
-    def loss(function, lhs, stacked):
-        layer = jax.checkpoint(lambda x, w: (x + function(x, w, sizes), None))
-        return (jax.lax.scan(layer, lhs, stacked)[0] ** 2).sum()
 
-    got = jax.jit(jax.grad(loss, argnums=(1, 2)), static_argnums=0)(grouped_matmul, lhs, stacked)
-    wanted = jax.grad(loss, argnums=(1, 2))(reference.grouped_matmul, lhs, stacked)
-    for a, b in zip(got, wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+# Tiles of 128 rows: one on the border of experts, one all past the sizes, a group with none, and no rows at all.
+TILED = [[100, 0, 57, 60], [0, 0, 0, 0], [0, 0, 0, 400]]
+
+
+@pytest.mark.parametrize("name", ["tpu", "gpu"])
+def test_kernels_of_other_platforms_match_the_reference(name):
+    """Run by the interpreter of Pallas."""
+    kernels = {"tpu": grouped_tpu, "gpu": grouped_gpu}[name]
+    rng = np.random.default_rng(2)
+    lhs, rhs, d_out = (jnp.asarray(rng.standard_normal(s, np.float32)) for s in ((400, 24), (4, 24, 140), (400, 140)))
+
+    @jax.jit
+    def both(lhs, rhs, sizes, d_out):
+        out = kernels.matmul(lhs, rhs, sizes, interpret=True)
+        d_lhs = kernels.matmul(d_out, rhs, sizes, transposed=True, interpret=True)
+        if name == "tpu":
+            d_rhs = grouped_tpu.outer(lhs, d_out, sizes, jnp.full_like(rhs, jnp.nan), jnp.array(False), interpret=True)
+        else:
+            d_rhs = grouped_gpu.outer(lhs, d_out, sizes, interpret=True)
+        return (out, d_lhs, d_rhs), plain(lhs, rhs, sizes, d_out)
+
+    def plain(lhs, rhs, sizes, d_out):
+        sizes_to_400 = sizes.at[-1].add(400 - sizes.sum())
+        return reference_and_gradients(*zero_past(sizes.sum(), lhs, rhs, sizes_to_400, d_out))
+
+    for sizes in TILED:
+        got, wanted = both(lhs, rhs, jnp.array(sizes, jnp.int32), d_out)
+        assert_close(got, wanted, jnp.float32)
+
+
+def test_sum_rows():
+    """Some rows have no place, some places no row; 200 places are more than one of the TPU's tiles."""
+    rng = np.random.default_rng(3)
+    rows, add_to = (jnp.asarray(rng.standard_normal(s, np.float32)) for s in ((300, 24), (200, 24)))
+    place = np.minimum(rng.integers(0, 230, 300), 200).astype(np.int32)
+    place[place < 20] = 7
+    place, weight = jnp.asarray(place), jnp.asarray(rng.standard_normal(300, np.float32))
+    once = np.zeros((201, 24), np.float32)
+    np.add.at(once, np.asarray(place), np.asarray(weight)[:, None] * np.asarray(rows))
+    tiles = jax.jit(lambda keep: sum_rows._by_tiles(rows, place, weight, add_to, keep, interpret=True))
+    for keep in (False, True):
+        wanted = once[:200] + keep * np.asarray(add_to)
+        got = sum_rows.sum_rows(rows, place, weight, add_to, jnp.array(keep))
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        np.testing.assert_allclose(tiles(jnp.array(keep)), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -93,18 +147,19 @@ def test_no_array_holds_every_expert(dtype):
         assert memory is not None
         return memory.temp_size_in_bytes
 
-    def loss(lhs, rhs, sizes):
-        return grouped_matmul(lhs, rhs, sizes).astype(jnp.float32).sum()
+    def gradients(lhs, rhs, sizes):
+        return grouped_gradients(lhs, rhs, sizes, jnp.ones((rows, n), dtype))
 
     assert temporary_bytes(grouped_matmul) < experts * k * n * dtype.dtype.itemsize / 2
-    assert temporary_bytes(jax.grad(loss, argnums=(0, 1))) < experts * k * n * 4
+    assert temporary_bytes(gradients) < experts * k * n * 4
 
 
-def test_other_platforms_get_ragged_dot():
-    lhs, rhs, sizes, _ = arrays([3, 5], jnp.float32)
-    gradient = jax.jit(jax.grad(lambda a, b: grouped_matmul(a, b, sizes).sum(), argnums=(0, 1)))
-    assert "ragged_dot" in gradient.trace(lhs, rhs).lower(lowering_platforms=("tpu",)).as_text()
-    assert "ragged_dot" not in gradient.trace(lhs, rhs).lower(lowering_platforms=("cpu",)).as_text()
+@pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "triton"), ("rocm", "ragged_dot")])
+def test_each_platform_gets_its_kernel(platform, call):
+    traced = jax.jit(output_and_gradients).trace(*arrays([3, 5], jnp.float32))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert call in text
+    assert call not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_wrong_shapes_are_refused():

@@ -89,10 +89,10 @@ def _primal(
     v_BKSH: jax.Array,
     labels: Labels,
 ) -> jax.Array:
-    return _forward(spans, window, q_BKTGH, k_BKSH, v_BKSH, labels)[0]
+    return forward(spans, window, q_BKTGH, k_BKSH, v_BKSH, labels)[0]
 
 
-def _forward(
+def forward(
     spans: tuple[Span, ...],
     window: int | None,
     q_BKTGH: jax.Array,
@@ -100,6 +100,8 @@ def _forward(
     v_BKSH: jax.Array,
     labels: Labels,
 ) -> tuple[jax.Array, tuple]:
+    """Attention of queries [B, K, T, G, H], and what `backward` needs: the arguments, the output, log of the denominators."""
+
     def block(span, i, carry):
         out, lse = carry
         q_at, k_at = span.q_start + i * span.rows, span.k_start + i * span.k_stride
@@ -121,7 +123,8 @@ def _forward(
     return out, (q_BKTGH, k_BKSH, v_BKSH, labels, out, lse)
 
 
-def _backward(spans: tuple[Span, ...], window: int | None, residuals: tuple, d_out: jax.Array) -> tuple:
+def backward(spans: tuple[Span, ...], window: int | None, residuals: tuple, d_out: jax.Array) -> tuple:
+    """Gradients of q, k and v for `d_out` [B, K, T, G, H]; None for the labels."""
     q_BKTGH, k_BKSH, v_BKSH, labels, out_BKTGH, lse_BKTG = residuals
 
     def block(span, i, carry):
@@ -151,7 +154,7 @@ def _backward(spans: tuple[Span, ...], window: int | None, residuals: tuple, d_o
 
 
 _attend = jax.custom_vjp(_primal, nondiff_argnums=(0, 1))
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(forward, backward)
 
 
 def _run(spans: tuple[Span, ...], block: Callable, carry: tuple) -> tuple:

@@ -34,12 +34,12 @@ def chunked_attention(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 query, got {chunk}")
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    spans = causal_spans(length, chunk) if length == keys else _full_spans(length, keys, chunk)
+    spans = causal_spans(length, chunk) if length == keys else full_spans(length, keys, chunk)
     labels = Labels(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS)
     return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, labels, spans=spans, window=window)
 
 
-def _full_spans(length: int, keys: int, chunk: int) -> tuple[Span, ...]:
+def full_spans(length: int, keys: int, chunk: int) -> tuple[Span, ...]:
     """Chunks that each look at every key; the last one is shorter when `chunk` does not divide the length."""
     whole, rest = divmod(length, chunk)
     spans = [Span(0, chunk, whole, 0, 0, keys)] if whole else []

@@ -1,58 +1,111 @@
 """One matrix per expert, rows sorted by expert: the product that makes a mixture of experts sparse.
 
-`jax.lax.ragged_dot` is that product on TPU and GPU. On CPU it multiplies every row by every expert (128 times the work
-for Gemma 4 26B), so there the experts that have rows are visited one after the other, each in blocks of rows.
-The choice is made per platform when the program is lowered, not from the machine that traces it: a program compiled
-here for a TPU gets `ragged_dot`.
+On TPU and NVIDIA GPUs these are kernels of ours (`grouped_tpu`, `grouped_gpu`, which say why), on other GPUs
+`jax.lax.ragged_dot`. On CPU that one multiplies every row by every expert (128 times the work for Gemma 4 26B), so there
+the experts that have rows are visited one after the other, each in blocks of rows. The choice is made per platform when
+the program is lowered, not from the machine that traces it: a program compiled here for a TPU gets the TPU's kernel.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from gemma4_jax.kernels import grouped_gpu, grouped_tpu
 from gemma4_jax.kernels.slices import buffer, read, value, write
 
 # Larger blocks were not faster on CPU (8,192 rows, 32 experts of [512, 512]: 128, 256 and 512 rows within 10 %).
 MAX_ROWS = 128
 
 
-@jax.custom_vjp
-def grouped_matmul(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def grouped_matmul(
+    lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array, *, inputs_minor: bool = False
+) -> jax.Array:
     """Row m of `lhs_MK` times the matrix of its expert: [M, N] in the dtype of `lhs_MK`.
 
     The first `group_sizes_E[0]` rows belong to expert 0, the next `group_sizes_E[1]` to expert 1, and so on; the sizes
-    (int32, zeros allowed) must sum to M. Products are summed in float32. Gradients flow to both matrices.
+    (int32, zeros allowed) sum to M or less. Rows past the sum give zeros; they must hold numbers (not nan). Products
+    are summed in float32. `inputs_minor` says that XLA lays K out last on TPU (`grouped_gradients` too), which saves a copy of
+    all matrices there. It has no derivative of its own.
     """
-    return _forward(lhs_MK, rhs_EKN, group_sizes_E)[0]
+    _check(lhs_MK, rhs_EKN, group_sizes_E)
+    if lhs_MK.shape[0] == 0:
+        return jnp.zeros((0, rhs_EKN.shape[2]), lhs_MK.dtype)
+
+    def tpu(lhs, rhs, sizes):
+        rhs = jnp.swapaxes(rhs, 1, 2) if inputs_minor else rhs
+        return grouped_tpu.matmul(lhs, rhs, sizes, transposed=inputs_minor)
+
+    operands = lhs_MK, rhs_EKN, group_sizes_E
+    return jax.lax.platform_dependent(
+        *operands, cpu=_rows_times_experts, tpu=tpu, cuda=grouped_gpu.matmul, default=_ragged_dot
+    )
 
 
-def _forward(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> tuple[jax.Array, tuple]:
+def grouped_gradients(
+    lhs_MK: jax.Array,
+    rhs_EKN: jax.Array,
+    group_sizes_E: jax.Array,
+    d_out_MN: jax.Array,
+    add_to_EKN: jax.Array | None = None,
+    keep: jax.Array | None = None,
+    *,
+    inputs_minor: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of both matrices of `grouped_matmul`, [M, K] (zeros past the sum of the sizes) and [E, K, N].
+
+    The second is added to `add_to_EKN`, if that is given, where `keep` (a bool scalar) is true; otherwise it only lends its
+    memory. Rows of `d_out_MN` past the sum must hold numbers too.
+    """
+    _check(lhs_MK, rhs_EKN, group_sizes_E)
+    if lhs_MK.shape[0] == 0:
+        return jnp.zeros_like(lhs_MK), jnp.zeros_like(rhs_EKN)
+    operands = lhs_MK, rhs_EKN, group_sizes_E, d_out_MN
+    if add_to_EKN is not None and keep is not None:
+        operands = *operands, add_to_EKN, keep
+
+    def tpu(lhs, rhs, sizes, d_out, *add):
+        add_to, keep = add or (jax.lax.empty(rhs.shape, rhs.dtype), jnp.array(False))
+        if not inputs_minor:
+            d_rhs = grouped_tpu.outer(lhs, d_out, sizes, add_to, keep)
+            return grouped_tpu.matmul(d_out, rhs, sizes, transposed=True), d_rhs
+        d_rhs = grouped_tpu.outer(d_out, lhs, sizes, jnp.swapaxes(add_to, 1, 2), keep)
+        return grouped_tpu.matmul(d_out, jnp.swapaxes(rhs, 1, 2), sizes), jnp.swapaxes(d_rhs, 1, 2)
+
+    def elsewhere(gradients, lhs, rhs, sizes, d_out, *add):
+        d_lhs, d_rhs = gradients(lhs, rhs, sizes, d_out)
+        if add:
+            d_rhs = d_rhs + jnp.where(add[1], add[0], jnp.zeros_like(add[0]))
+        return d_lhs, d_rhs
+
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(elsewhere, _gradients),
+        tpu=tpu,
+        cuda=functools.partial(elsewhere, _gpu_gradients),
+        default=functools.partial(elsewhere, _ragged_gradients),
+    )
+
+
+def _check(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> None:
     if lhs_MK.shape[1] != rhs_EKN.shape[1] or group_sizes_E.shape != rhs_EKN.shape[:1]:
         raise ValueError(
             "grouped_matmul wants lhs [M, K], rhs [E, K, N] and group_sizes [E], got "
             f"{lhs_MK.shape}, {rhs_EKN.shape} and {group_sizes_E.shape}"
         )
-    residuals = (lhs_MK, rhs_EKN, group_sizes_E)
-    if lhs_MK.shape[0] == 0:
-        return jnp.zeros((0, rhs_EKN.shape[2]), lhs_MK.dtype), residuals
-    return jax.lax.platform_dependent(*residuals, cpu=_rows_times_experts, default=_ragged_dot), residuals
 
 
-def _backward(residuals: tuple, d_out_MN: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    lhs_MK, rhs_EKN, _ = residuals
-    if lhs_MK.shape[0] == 0:
-        return jnp.zeros_like(lhs_MK), jnp.zeros_like(rhs_EKN), None
-    d_lhs, d_rhs = jax.lax.platform_dependent(*residuals, d_out_MN, cpu=_gradients, default=_ragged_gradients)
-    return d_lhs, d_rhs, None
-
-
-grouped_matmul.defvjp(_forward, _backward)
+def _gpu_gradients(
+    lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array, d_out_MN: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    d_lhs = grouped_gpu.matmul(d_out_MN, rhs_EKN, group_sizes_E, transposed=True)
+    return d_lhs, grouped_gpu.outer(lhs_MK, d_out_MN, group_sizes_E)
 
 
 def _ragged_dot(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
     out = jax.lax.ragged_dot(lhs_MK, rhs_EKN, group_sizes_E, preferred_element_type=jnp.float32)
-    return out.astype(lhs_MK.dtype)
+    return _zero_past(out, group_sizes_E).astype(lhs_MK.dtype)
 
 
 def _ragged_gradients(
@@ -76,7 +129,8 @@ def _rows_times_experts(lhs_MK: jax.Array, rhs_EKN: jax.Array, group_sizes_E: ja
         return _for_blocks(begin, end, m, block, out)
 
     out = jnp.zeros((lhs.shape[0], rhs_EKN.shape[2]), jnp.float32)
-    return _for_experts(group_sizes_E, expert, out)[:rows].astype(lhs_MK.dtype)
+    out = _for_experts(group_sizes_E, expert, out)[:rows]
+    return _zero_past(out, group_sizes_E).astype(lhs_MK.dtype)
 
 
 def _gradients(
@@ -141,3 +195,8 @@ def block_rows(rows: int, experts: int) -> int:
 def _padded(x: jax.Array, m: int) -> jax.Array:
     """Float32 with m - 1 more rows, so that a block may begin at any row."""
     return jnp.pad(x.astype(jnp.float32), ((0, m - 1), (0, 0)))
+
+
+def _zero_past(out_MN: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+    real_M = jax.lax.iota(jnp.int32, out_MN.shape[0]) < jnp.sum(group_sizes_E, dtype=jnp.int32)
+    return jnp.where(real_M[:, None], out_MN, jnp.zeros_like(out_MN))

@@ -1,10 +1,41 @@
-"""Which attention kernel runs: the one table of choices."""
+"""Attention of one layer on whatever mesh there is. Which kernel computes it stands in `kernels/choice.py`.
+
+On a mesh the whole of it is one `shard_map`: batch over the axes of the batch, heads over `tensor`, slots over
+`context`. Along `context`
+
+| keys                | queries see            | what travels                                                          |
+|---------------------|------------------------|-----------------------------------------------------------------------|
+| the queries' tokens | a window               | the last window - 1 keys of the devices before, to the next           |
+| the queries' tokens | everything before them | all keys to all devices; long sequences also balance their queries    |
+| a cache             | either                 | each device's attention to its own slots, then a weighted sum of it   |
+
+Where `tensor` has more devices than there are key/value heads these come whole. A device then reads one head of a
+sequence, and all heads of its share of the slots of a cache.
+"""
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
 
-from gemma4_jax.kernels.banded import banded_attention
+from gemma4_jax.errors import UserError
+from gemma4_jax.kernels.blockwise import Labels
+from gemma4_jax.kernels.choice import Shape
 from gemma4_jax.kernels.chunked import chunked_attention
+from gemma4_jax.kernels.context import merged, mirrored_halves, whole, with_halo
+from gemma4_jax.kernels.sequence import partial_attention, sequence_attention
+from gemma4_jax.kernels.splash import Starts
 from gemma4_jax.model.kv import KV
+from gemma4_jax.sharding import activation_spec, current_mesh
+
+CONTEXT, TENSOR = "context", "tensor"
+
+BALANCE_FROM = 32768
+"""Tokens of a sequence from which full layers deal their queries out evenly.
+
+In contiguous shares the last of n devices has 2 - 1/n times the mean work. Evening that out moves half of the queries and of the
+outputs; for 31B over 4 chips of v6e that takes as long as it saves near 8192 tokens (67 MB at 100 GB/s against 0.9 ms at half the
+peak: reckoned, not measured), and what it saves grows with the square.
+"""
 
 
 def attend(
@@ -12,12 +43,138 @@ def attend(
 ) -> jax.Array:
     """softmax(q k^T) v over the keys each query may see; scale 1, no soft cap; shape and dtype of q.
 
-    | queries                          | window | kernel                                     |
-    |----------------------------------|--------|--------------------------------------------|
-    | the keys' own tokens, T > window | yes    | banded: O(T x window)                      |
-    | anything else                    | any    | chunked over queries: never [T, S] at once |
+    Padding (position -1) gives zeros. For an aligned kv, positions inside a segment grow by one per slot.
     """
-    places = (positions_BT, kv.positions, segment_ids_BT, kv.segment_ids)
-    if window is not None and kv.aligned and q_BTNH.shape[1] > window:
-        return banded_attention(q_BTNH, kv.k, kv.v, *places, window=window)
-    return chunked_attention(q_BTNH, kv.k, kv.v, *places, window=window)
+    labels = Labels(positions_BT, kv.positions, segment_ids_BT, kv.segment_ids)
+    mesh = current_mesh()
+    if mesh is not None:
+        return _on_mesh(mesh, q_BTNH, kv, labels, window)
+    if kv.aligned:
+        return sequence_attention(q_BTNH, kv.k, kv.v, labels, window=window)
+    return chunked_attention(q_BTNH, kv.k, kv.v, *labels, window=window)
+
+
+def _on_mesh(mesh, q_BTNH: jax.Array, kv: KV, labels: Labels, window: int | None) -> jax.Array:
+    heads, kv_heads, tensor = q_BTNH.shape[2], kv.k.shape[2], mesh.shape[TENSOR]
+    check_heads(tensor, heads, kv_heads)
+    length, slots = ("length", "length") if kv.aligned else (None, "slots")
+    q_spec = activation_spec(mesh, ("batch", length, "q_heads", None), q_BTNH.shape)
+    k_spec = activation_spec(mesh, ("batch", slots, "kv_heads", None), kv.k.shape)
+    if labels.q_seg_BT is None or labels.k_seg_BS is None:
+        labels = labels._replace(q_seg_BT=None, k_seg_BS=None)
+    of_q, of_k = PartitionSpec(*q_spec[:2]), PartitionSpec(*k_spec[:2])
+    of_segments = (None, None) if labels.q_seg_BT is None else (of_q, of_k)
+    cut = k_spec[1] is not None
+    local_slots = kv.k.shape[1] // (mesh.shape[CONTEXT] if cut else 1)
+    split = not kv.aligned and kv_heads % tensor > 0 and local_slots % tensor == 0
+
+    def island(q, k, v, *labels):
+        labels = Labels(*labels)
+        if split:
+            return _slots_over_tensor(q, k, v, labels, window, (CONTEXT, TENSOR) if cut else (TENSOR,))
+        k, v = (_own_kv_heads(x, q.shape[2], heads // kv_heads) for x in (k, v))
+        if kv.aligned:
+            return _over_context(q, k, v, labels, window) if cut else sequence_attention(q, k, v, labels, window=window)
+        if cut:
+            return merged(*partial_attention(q, k, v, labels, window=window), (CONTEXT,))
+        return chunked_attention(q, k, v, *labels, window=window)
+
+    # Without `check_vma`: Pallas kernels do not say along which axes their results vary.
+    specs = q_spec, k_spec, k_spec, of_q, of_k, *of_segments
+    mapped = jax.shard_map(island, mesh=mesh, in_specs=specs, out_specs=q_spec, check_vma=False)
+    return mapped(q_BTNH, kv.k, kv.v, *labels)
+
+
+def check_heads(tensor: int, heads: int, kv_heads: int) -> None:
+    """Raises UserError if `tensor` devices cannot share these heads."""
+    if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
+        raise UserError(
+            f"mesh.tensor={tensor} cannot share out {heads} query heads and {kv_heads} key/value heads: it must divide the "
+            "first, and divide the second or be a multiple of it. A power of two up to the query heads always fits."
+        )
+
+
+def _own_kv_heads(x_BSKH: jax.Array, local_heads: int, groups: int) -> jax.Array:
+    """The key/value heads this device's queries read: one of all, where `tensor` has more devices than there are heads."""
+    if x_BSKH.shape[2] * groups == local_heads:
+        return x_BSKH
+    mine = jax.lax.axis_index(TENSOR) * local_heads // groups
+    return jax.lax.dynamic_slice_in_dim(x_BSKH, mine, 1, axis=2)
+
+
+def _slots_over_tensor(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, labels: Labels, window: int | None, axes: tuple[str, ...]
+) -> jax.Array:
+    """All heads of the queries against this device's share of a cache that is whole on `tensor`.
+
+    A device that took its own key/value head instead would read more of the cache: 1 / heads of it, not 1 / devices.
+    Without the layout constraint XLA's TPU compiler turns the whole cache round, there and back, to cut its share out
+    (0.125 GiB of temporaries for 32768 slots of 4 heads of 512, none with it).
+    """
+    local_heads, devices, index = q_BTNH.shape[2], jax.lax.axis_size(TENSOR), jax.lax.axis_index(TENSOR)
+    slots = k_BSKH.shape[1] // devices
+    q = jax.lax.all_gather(q_BTNH, TENSOR, axis=2, tiled=True)
+
+    def mine(x: jax.Array) -> jax.Array:
+        x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+        return jax.lax.dynamic_slice_in_dim(x, index * slots, slots, axis=1)
+
+    k_seg = None if labels.k_seg_BS is None else mine(labels.k_seg_BS)
+    labels = labels._replace(k_pos_BS=mine(labels.k_pos_BS), k_seg_BS=k_seg)
+    out = merged(*partial_attention(q, mine(k_BSKH), mine(v_BSKH), labels, window=window), axes)
+    return jax.lax.dynamic_slice_in_dim(out, index * local_heads, local_heads, axis=2)
+
+
+def _over_context(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, labels: Labels, window: int | None
+) -> jax.Array:
+    """A share of the queries against a halo or against all keys; k, v and labels are this device's own."""
+    devices, length = jax.lax.axis_size(CONTEXT), q_BTNH.shape[1]
+    halo = halo_slots(length, window, devices)
+
+    def fetch(x: jax.Array, fill: int = 0) -> jax.Array:
+        return whole(x, CONTEXT) if halo is None else with_halo(x, CONTEXT, halo, fill)
+
+    k, v, k_pos = fetch(k_BTKH), fetch(v_BTKH), fetch(labels.k_pos_BS, -1)
+    k_seg = None if labels.k_seg_BS is None else fetch(labels.k_seg_BS)
+    if halo is not None:
+        labels = labels._replace(k_pos_BS=k_pos, k_seg_BS=k_seg)
+        return sequence_attention(q_BTNH, k, v, labels, window=window, starts=((halo,),))
+
+    deal = (lambda x: mirrored_halves(x, CONTEXT)) if balanced(length, devices) else (lambda x: x)
+    q_seg = None if labels.q_seg_BT is None else deal(labels.q_seg_BT)
+    labels = Labels(deal(labels.q_pos_BT), k_pos, q_seg, k_seg)
+    starts, device = query_starts(length, devices), jax.lax.axis_index(CONTEXT)
+    return deal(sequence_attention(deal(q_BTNH), k, v, labels, window=window, starts=starts, device=device))
+
+
+def halo_slots(length: int, window: int | None, devices: int) -> int | None:
+    """Keys that a device with `length` queries gets from those before it; None where it gets all there are."""
+    if window is None:
+        return None
+    slots = window - 1 if length % 128 else -(-(window - 1) // 128) * 128  # whole lanes, as the TPU kernel wants them
+    return slots if slots <= (devices - 1) * length else None
+
+
+def balanced(length: int, devices: int) -> bool:
+    """Whether devices with `length` queries each exchange half of them; halves are blocks of the TPU kernel."""
+    return devices * length >= BALANCE_FROM and length % 256 == 0
+
+
+def query_starts(length: int, devices: int) -> Starts:
+    """Among all keys, where the queries of each device begin: `starts` of `kernels/splash.py`."""
+    if not balanced(length, devices):
+        return tuple((i * length,) for i in range(devices))
+    half = length // 2
+    return tuple((2 * i * half, (2 * (devices - i) - 1) * half) for i in range(devices))
+
+
+def share(length: int, keys: int, head_dim: int, window: int | None, *, aligned: bool, context: int = 1) -> Shape:
+    """What one of `context` devices computes of `length` queries and `keys` keys: the question to `kernel_choice`."""
+    if context == 1 or keys % context or (aligned and length % context):
+        return Shape(length, keys, head_dim, window, aligned)
+    if not aligned:
+        return Shape(length, keys // context, head_dim, window, aligned)
+    length //= context
+    halo = halo_slots(length, window, context)
+    return Shape(length, keys if halo is None else halo + length, head_dim, window, aligned)

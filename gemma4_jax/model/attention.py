@@ -12,6 +12,7 @@ from gemma4_jax.model.kv import KV
 from gemma4_jax.model.linear import Dims, Linear
 from gemma4_jax.model.norm import RMSNorm, rms_norm
 from gemma4_jax.model.rope import Rotation, rotate
+from gemma4_jax.sharding import constrain
 
 Keep = Callable[[jax.Array, jax.Array], KV]
 
@@ -62,8 +63,8 @@ class Attention(nnx.Module):
         """k (normed and rotated) and v (normed) of the layer's own tokens, each [B, T, K, H]."""
         assert self.k is not None
         assert self.k_norm is not None
-        raw = self.k(x_BTD)
-        v = raw if self.v is None else self.v(x_BTD)
+        raw = constrain(self.k(x_BTD), "batch", "length", "kv_heads", None)
+        v = raw if self.v is None else constrain(self.v(x_BTD), "batch", "length", "kv_heads", None)
         return rotate(self.k_norm(raw), places.turn[self.kind]), rms_norm(v, self.eps)
 
     def __call__(self, x_BTD: jax.Array, places: Places, source: KV | Keep) -> tuple[jax.Array, KV]:
@@ -73,5 +74,6 @@ class Attention(nnx.Module):
         returns what its queries shall see (those alone in training, the cache they were written to in decoding).
         """
         kv = source if isinstance(source, KV) else source(*self.keys_values(x_BTD, places))
-        q = rotate(self.q_norm(self.q(x_BTD)), places.turn[self.kind])
+        q = constrain(self.q(x_BTD), "batch", "length", "q_heads", None)
+        q = rotate(self.q_norm(q), places.turn[self.kind])
         return self.o(attend(q, kv, places.positions, places.segment_ids, self.window)), kv

@@ -43,7 +43,7 @@ class Decoder(nnx.Module):
             kind: write(where, slot[kind], positions_BT) for kind, where in cache.positions.items()
         }
         places = self.places(positions_BT)
-        h, per_layer = self.embed_tokens(tokens_BT)
+        h, per_layer = self.embed_tokens(tokens_BT, self.per_layer)
         written: list[tuple[jax.Array, jax.Array]] = []
         source_layer = producers(self.cfg)
         for index, layer in enumerate(self.layers):
@@ -56,7 +56,7 @@ class Decoder(nnx.Module):
 
             shares = layer.attention.k is None
             source = KV(*written[source_layer[kind]], positions[kind]) if shares else keep
-            h, _ = layer(h, None if per_layer is None else per_layer[index], places, source)
+            h, _, _ = layer(h, None if per_layer is None else per_layer[index], places, source)
         return self.final_norm(h), Cache(tuple(written), positions)
 
 

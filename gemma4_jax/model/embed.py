@@ -5,14 +5,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.config import ModelConfig
+from gemma4_jax.kernels import vocabulary
 from gemma4_jax.model.linear import Dims, Grid, Linear, variable_dims
 from gemma4_jax.model.norm import RMSNorm
+from gemma4_jax.sharding import current_mesh
 
 
 class Embedding(nnx.Module):
     """A table [V, width] read by rows, scaled by sqrt(scale_dim); the head multiplies by the same table.
 
-    Quantisation blocks run along a row, so a lookup rounds only the rows it reads.
+    Quantisation blocks run along a row, so a lookup rounds only the rows it reads. On a mesh the table lies cut by rows and
+    is never gathered (`kernels.vocabulary`).
     """
 
     def __init__(self, vocab: int, width: Dims, scale_dim: int, *, role: str, std: float, rngs: nnx.Rngs, dtype: str):
@@ -24,14 +27,24 @@ class Embedding(nnx.Module):
 
     def lookup(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of int32 tokens [B, T] times sqrt(scale_dim) *rounded to dtype*, as bfloat16 checkpoints were trained."""
-        rows = self.w[...][tokens_BT]
-        if self.grid is not None:
-            rows = self.grid.fake_quant(rows, axis=-1)
-        return rows.astype(dtype) * jnp.asarray(self.scale_dim**0.5, dtype)
+        if current_mesh() is None:
+            rows = vocabulary.narrowed(self._round(self.w[...][tokens_BT]), dtype)
+        else:
+            rows = vocabulary.lookup(self.w[...], tokens_BT, dtype, self._round)
+        return rows * jnp.asarray(self.scale_dim**0.5, dtype)
 
     def rounded(self) -> jax.Array:
         """The whole table as its grid holds it."""
-        return self.w[...] if self.grid is None else self.grid.fake_quant(self.w[...], axis=-1)
+        return self._round(self.w[...])
+
+    def head(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """The rounded table in `dtype`, as hidden states are multiplied by it."""
+        if self.grid is None or current_mesh() is None:
+            return self.rounded().astype(dtype)
+        return vocabulary.rounded(self.w[...], dtype, self._round)
+
+    def _round(self, rows: jax.Array) -> jax.Array:
+        return rows if self.grid is None else self.grid.fake_quant(rows, axis=-1)
 
 
 class PerLayerInputs(nnx.Module):

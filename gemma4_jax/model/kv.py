@@ -8,8 +8,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from gemma4_jax.config import KINDS, LayerKind, ModelConfig
+from gemma4_jax.sharding import activation_spec, current_mesh
 
 
 @jax.tree_util.register_dataclass
@@ -71,6 +73,29 @@ def slot_of(positions_BT: jax.Array, size: int) -> jax.Array:
 
 
 def write(slots_BS: jax.Array, slot_BT: jax.Array, new_BT: jax.Array) -> jax.Array:
-    """slots [B, S, ...] with new [B, T, ...] put where `slot_of` says; out-of-range slots are dropped."""
+    """slots [B, S, ...] with new [B, T, ...] put where `slot_of` says; out-of-range slots are dropped.
+
+    On a mesh every device writes what falls into its own slots; the cache does not move.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return _write_here(slots_BS, slot_BT, new_BT)
+    rest = ("kv_heads", None) if slots_BS.ndim == 4 else (None,) * (slots_BS.ndim - 2)
+    cache_spec = activation_spec(mesh, ("batch", "slots", *rest), slots_BS.shape)
+    new_spec = PartitionSpec(cache_spec[0], None, *cache_spec[2:])
+    cut = cache_spec[1] is not None
+
+    def island(slots, slot, new):
+        if cut:
+            local = slot - jax.lax.axis_index("context") * slots.shape[1]
+            slot = jnp.where(local >= 0, local, slots.shape[1])  # a negative slot would count from the end
+        return _write_here(slots, slot, new)
+
+    specs = (cache_spec, PartitionSpec(*new_spec[:2]), new_spec)
+    mapped = jax.shard_map(island, mesh=mesh, in_specs=specs, out_specs=cache_spec, check_vma=False)
+    return mapped(slots_BS, slot_BT, new_BT)
+
+
+def _write_here(slots_BS: jax.Array, slot_BT: jax.Array, new_BT: jax.Array) -> jax.Array:
     row = jnp.broadcast_to(jnp.arange(slot_BT.shape[0])[:, None], slot_BT.shape)
     return slots_BS.at[row, slot_BT].set(new_BT.astype(slots_BS.dtype), mode="drop")

@@ -9,7 +9,7 @@ from gemma4_jax.model.attention import Attention, Keep, Places
 from gemma4_jax.model.kv import KV
 from gemma4_jax.model.linear import Buffer, Dims, Linear, variable_dims
 from gemma4_jax.model.mlp import MLP, gelu
-from gemma4_jax.model.moe import Experts, Router
+from gemma4_jax.model.moe import ExpertLoad, Experts, Router
 from gemma4_jax.model.norm import RMSNorm
 
 
@@ -24,10 +24,13 @@ class SparseBranch(nnx.Module):
         self.router = Router(cfg, stack=stack, rngs=rngs, dtype=dtype)
         self.experts = Experts(cfg, stack=stack, rngs=rngs, dtype=dtype)
 
-    def __call__(self, residual_BTD: jax.Array, dense_BTD: jax.Array) -> jax.Array:
-        flat = residual_BTD.reshape(-1, residual_BTD.shape[-1])
-        sparse = self.experts(self.pre_norm(flat), *self.router(flat)).reshape(residual_BTD.shape)
-        return self.dense_norm(dense_BTD) + self.post_norm(sparse)
+    def __call__(
+        self, residual_BTD: jax.Array, dense_BTD: jax.Array, positions_BT: jax.Array
+    ) -> tuple[jax.Array, ExpertLoad]:
+        """The sum of both branches, and how the tokens (not padding, position -1) spread over the experts."""
+        routing = self.router(residual_BTD, positions_BT >= 0)
+        sparse = self.experts(self.pre_norm(residual_BTD), routing.weights, routing.index)
+        return self.dense_norm(dense_BTD) + self.post_norm(sparse), routing.load
 
 
 class PerLayerBranch(nnx.Module):
@@ -67,15 +70,15 @@ class Layer(nnx.Module):
 
     def __call__(
         self, h_BTD: jax.Array, per_layer_BTP: jax.Array | None, places: Places, source: KV | Keep
-    ) -> tuple[jax.Array, KV]:
-        """The residual stream after this layer, and the keys and values it looked at (`Attention.__call__`)."""
+    ) -> tuple[jax.Array, KV, ExpertLoad | None]:
+        """The residual stream after this layer, the keys and values it looked at (`Attention.__call__`), its experts' load."""
         attended, kv = self.attention(self.pre_attention_norm(h_BTD), places, source)
         h = h_BTD + self.post_attention_norm(attended)
-        ffw = self.mlp(self.pre_ffw_norm(h))
+        ffw, load = self.mlp(self.pre_ffw_norm(h)), None
         if self.sparse is not None:
-            ffw = self.sparse(h, ffw)
+            ffw, load = self.sparse(h, ffw, places.positions)
         h = h + self.post_ffw_norm(ffw)
         if self.per_layer is not None:
             assert per_layer_BTP is not None
             h = h + self.per_layer(h, per_layer_BTP)
-        return h * self.layer_scalar[...].astype(h.dtype), kv
+        return h * self.layer_scalar[...].astype(h.dtype), kv, load

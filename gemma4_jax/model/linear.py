@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 from flax import nnx
+
+from gemma4_jax.sharding import current_mesh
 
 Dims = Mapping[str, int]
 """Ordered names and sizes of array dims; `gemma4_jax.sharding` maps the names to mesh axes."""
@@ -43,12 +45,14 @@ class Weight(nnx.Module):
         self.role = role
         self.grid: Grid | None = None
 
-    def rounded(self) -> jax.Array:
-        """The weight as its grid holds it, in its own shape and dtype; the weight itself without a grid.
+    def rounded(self, w: jax.Array | None = None) -> jax.Array:
+        """The weight, or `w` in its place, as the grid holds it, in its own shape and dtype; as it is without a grid.
 
         Leading dims (stack, experts) stay apart; blocks run along the flattened input dims.
         """
-        w = self.w[...]
+        if w is None:
+            w = self.w[...]
+        assert w is not None
         if self.grid is None:
             return w
         cut = w.ndim - self.n_in - self.n_out
@@ -56,10 +60,24 @@ class Weight(nnx.Module):
         return self.grid.fake_quant(flat, axis=-2).reshape(w.shape)
 
 
+M = TypeVar("M", bound=nnx.Module)
+
+
+def holding(module: M, w: jax.Array) -> M:
+    """The same module (a Weight, an Embedding) with `w` in place of its weight, used as it is: no grid."""
+    new: Any = jax.tree.map(lambda x: x, module)
+    new.w = new.w.replace(w)
+    new.grid = None
+    return new
+
+
 class Linear(Weight):
     """y[..., *outputs] = x[..., *inputs] . w; computes in the dtype of x."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         w = self.rounded().astype(x.dtype)
-        flat = x.reshape(-1, math.prod(w.shape[: self.n_in])) @ w.reshape(math.prod(w.shape[: self.n_in]), -1)
-        return flat.reshape(*x.shape[: x.ndim - self.n_in], *w.shape[self.n_in :])
+        lead, width = x.shape[: x.ndim - self.n_in], math.prod(w.shape[: self.n_in])
+        # One plain matrix product; on a mesh batch and length may both be cut, and must not be folded into one dim.
+        rows = lead if current_mesh() is not None else (math.prod(lead),)
+        out = x.reshape(*rows, width) @ w.reshape(width, -1)
+        return out.reshape(*lead, *w.shape[self.n_in :])

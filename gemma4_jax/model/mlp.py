@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 
 from gemma4_jax.model.linear import Dims, Linear
+from gemma4_jax.sharding import constrain
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -21,4 +22,5 @@ class MLP(nnx.Module):
         self.down = Linear(wide, embed, role="ffw", stack=stack, rngs=rngs, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        return self.down(gelu(self.gate(x_BTD)) * self.up(x_BTD))
+        gate, up = (constrain(linear(x_BTD), "batch", "length", "ffw") for linear in (self.gate, self.up))
+        return self.down(gelu(gate) * up)

@@ -1,14 +1,36 @@
 """The sparse half of a 26B-A4B layer: router and experts, dropless."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.kernels.grouped_matmul import grouped_matmul
+from gemma4_jax.kernels.experts import experts
 from gemma4_jax.model.linear import Dims, Linear, Weight, variable_dims
 from gemma4_jax.model.mlp import gelu
 from gemma4_jax.model.norm import rms_norm
+from gemma4_jax.sharding import activation_spec, current_mesh
+
+
+class ExpertLoad(NamedTuple):
+    """How one layer's router spread the tokens of the whole batch, sums over them; float32 [E]. Layers may be stacked in front.
+
+    rows: how often each expert was chosen. probability: the sum of what softmax gave it.
+    """
+
+    rows: jax.Array
+    probability: jax.Array
+
+
+class Routing(NamedTuple):
+    """weights float32 and experts int32, both [B, T, k]; load."""
+
+    weights: jax.Array
+    index: jax.Array
+    load: ExpertLoad
 
 
 class Router(nnx.Module):
@@ -19,7 +41,8 @@ class Router(nnx.Module):
     """
 
     def __init__(self, cfg: ModelConfig, *, stack: Dims, rngs: nnx.Rngs, dtype: str):
-        embed, experts = {"embed": cfg.hidden_size}, {"experts": cfg.num_experts}
+        # Not "experts": that dim is cut over devices, and every device routes its own tokens to all experts.
+        embed, experts = {"embed": cfg.hidden_size}, {"router_experts": cfg.num_experts}
         self.proj = Linear(embed, experts, role="router", stack=stack, rngs=rngs, dtype=dtype)
         names, shape = variable_dims(stack, embed)
         self.scale = nnx.Param(jnp.ones(shape, dtype), dims=names)
@@ -27,13 +50,36 @@ class Router(nnx.Module):
         self.per_expert_scale = nnx.Param(jnp.ones(shape, dtype), dims=names)
         self.top_k, self.eps = cfg.top_k_experts, cfg.rms_norm_eps
 
-    def __call__(self, x_MD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """weights float32 and experts int32, both [M, top_k]."""
-        x = rms_norm(x_MD.astype(jnp.float32), self.eps)
-        x = x * (self.scale[...].astype(jnp.float32) * x.shape[-1] ** -0.5)[None]
-        top, index = jax.lax.top_k(jax.nn.softmax(self.proj(x), axis=-1), self.top_k)
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array | None = None) -> Routing:
+        """Routes every token; those that are not `valid` (padding) are left out of the load."""
+        x = rms_norm(x_BTD.astype(jnp.float32), self.eps)
+        x = x * (self.scale[...].astype(jnp.float32) * x.shape[-1] ** -0.5)[None, None]
+        probability = jax.nn.softmax(self.proj(x), axis=-1)
+        index = top_experts(jax.lax.stop_gradient(probability), self.top_k)
+        # Picked by comparison, not by index: a gather's derivative is a scatter, slow on TPU and hard to partition.
+        chosen = index[..., None] == jax.lax.iota(jnp.int32, probability.shape[-1])[None, None, None]
+
+        def of_chosen(x_BTE: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(chosen, x_BTE[:, :, None], 0.0), axis=-1)
+
+        top = of_chosen(probability)
         weights = top / jnp.sum(top, axis=-1, keepdims=True)
-        return weights * self.per_expert_scale[...].astype(jnp.float32)[index], index
+        weights = weights * of_chosen(self.per_expert_scale[...].astype(jnp.float32)[None, None])
+        return Routing(weights, index, expert_load(probability, index, valid_BT))
+
+
+def top_experts(probability_BTE: jax.Array, k: int) -> jax.Array:
+    """The k likeliest experts of every token, int32 [B, T, k]; on a mesh each device's own tokens'."""
+
+    def top(x: jax.Array) -> jax.Array:
+        return jax.lax.top_k(x, k)[1]
+
+    mesh = current_mesh()
+    if mesh is None:
+        return top(probability_BTE)
+    # XLA gathers the whole batch for a top-k (seen on CPU; on TPU it does not).
+    spec = activation_spec(mesh, ("batch", "length", None), probability_BTE.shape)
+    return jax.shard_map(top, mesh=mesh, in_specs=spec, out_specs=spec)(probability_BTE)
 
 
 class Experts(nnx.Module):
@@ -50,17 +96,45 @@ class Experts(nnx.Module):
         self.down = Weight(wide, embed, role="experts", stack=stack, rngs=rngs, dtype=dtype)
         self.num_experts = cfg.num_experts
 
-    def __call__(self, x_MD: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
-        """sum over the chosen experts of weight * expert(x); weights and index [M, top_k] as Router gives them."""
-        tokens, top_k = index.shape
-        order = jnp.argsort(index.reshape(-1), stable=True)
-        group_sizes = jnp.bincount(index.reshape(-1), length=self.num_experts).astype(jnp.int32)
-        rows = x_MD[order // top_k]
-        gate_up = self.gate_up.rounded().astype(x_MD.dtype)
-        gate_up = gate_up.reshape(gate_up.shape[0], gate_up.shape[1], -1)
-        gate, up = jnp.split(grouped_matmul(rows, gate_up, group_sizes), 2, axis=-1)
-        out = grouped_matmul(gelu(gate) * up, self.down.rounded().astype(x_MD.dtype), group_sizes)
-        out = out * weights.reshape(-1)[order].astype(out.dtype)[:, None]
-        # Undo the sort: row r of `out` belongs to choice order[r].
-        back = jnp.zeros_like(out).at[order].set(out, unique_indices=True)
-        return jnp.sum(back.reshape(tokens, top_k, -1), axis=1)
+    def __call__(self, x_BTD: jax.Array, weights_BTk: jax.Array, index_BTk: jax.Array) -> jax.Array:
+        """sum over the chosen experts of weight * expert(x), [B, T, D]; weights and index as Router gives them.
+
+        Named "experts" for remat policies: saved, it spares the recomputation of one of the experts' two products.
+        """
+        gate_up, down = (weight.rounded().astype(x_BTD.dtype) for weight in (self.gate_up, self.down))
+        with jax.named_scope("experts"):
+            out = experts(x_BTD, weights_BTk, index_BTk, gate_up, down, _gate)
+        return checkpoint_name(out, "experts")
+
+
+def _gate(gate_up: jax.Array) -> jax.Array:
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return gelu(gate) * up
+
+
+def expert_load(probability_BTE: jax.Array, index_BTk: jax.Array, valid_BT: jax.Array | None = None) -> ExpertLoad:
+    """Sums over the valid tokens (all without `valid_BT`), on a mesh over those of all devices."""
+    chosen = index_BTk[..., None] == jax.lax.iota(jnp.int32, probability_BTE.shape[-1])[None, None, None]
+    rows = jnp.sum(chosen, axis=2, dtype=jnp.float32)
+    if valid_BT is not None:
+        rows, probability_BTE = (jnp.where(valid_BT[:, :, None], x, 0.0) for x in (rows, probability_BTE))
+    return ExpertLoad(jnp.sum(rows, axis=(0, 1)), jnp.sum(probability_BTE, axis=(0, 1)))
+
+
+def load_stats(load: ExpertLoad) -> dict[str, jax.Array]:
+    """`max_load`: rows of the busiest expert over the mean; `unused`: share of experts without a row. Means over layers."""
+    mean = jnp.mean(load.rows, axis=-1)
+    busiest = jnp.max(load.rows, axis=-1) / jnp.maximum(mean, 1e-9)
+    return {"max_load": jnp.mean(busiest), "unused": jnp.mean(load.rows == 0, dtype=jnp.float32)}
+
+
+def balance_loss(load: ExpertLoad) -> jax.Array:
+    """E * sum_e f_e p_e, mean over layers; 1 if even, E if one expert gets everything.
+
+    f_e is the share of rows that went to expert e, p_e its mean probability (Switch Transformer, arXiv 2101.03961,
+    equation 4, with f over all top-k choices as in GShard). The gradient goes through p_e.
+    """
+    share = load.rows / jnp.maximum(jnp.sum(load.rows, axis=-1, keepdims=True), 1.0)
+    tokens = jnp.maximum(jnp.sum(load.probability, axis=-1, keepdims=True), 1e-9)
+    probability = load.probability / jax.lax.stop_gradient(tokens)
+    return jnp.mean(load.rows.shape[-1] * jnp.sum(jax.lax.stop_gradient(share) * probability, axis=-1))

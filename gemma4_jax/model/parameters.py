@@ -37,6 +37,23 @@ def with_arrays(model: M, new: Mapping[str, Any]) -> M:
     return map_arrays(lambda name, _: new[name], model)
 
 
+def in_compute_dtype(model: M, dtype: str) -> M:
+    """The model with its weights stored as its layers use them, arrays abstract or not: half the memory, the same numbers.
+
+    For a model that is not trained. Norms, scalars and the router, which work in float32, stay as they are.
+    """
+
+    def stored(name: str, variable: nnx.Variable):
+        value = variable.get_value()
+        if not name.endswith(".w") or ".router." in name or value.dtype == dtype:
+            return value
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(value.shape, jax.numpy.dtype(dtype), sharding=value.sharding)
+        return value.astype(dtype)
+
+    return map_arrays(stored, model)
+
+
 def is_trainable(variable: nnx.Variable) -> bool:
     """False for buffers: they stand in checkpoints but get no gradient step and no decay."""
     return not isinstance(variable, Buffer)

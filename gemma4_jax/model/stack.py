@@ -1,26 +1,49 @@
 """A stack of equal blocks, scanned: inside a block first the sliding layers, then the full one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.config import LayerKind, ModelConfig, Stack
+from gemma4_jax.kernels.sequence import ATTENTION
 from gemma4_jax.model.attention import Places
+from gemma4_jax.model.gathering import gathered
 from gemma4_jax.model.kv import KV
 from gemma4_jax.model.layer import Layer
+from gemma4_jax.model.moe import ExpertLoad
+from gemma4_jax.sharding import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]
 SharedKV = dict[LayerKind, KeyValue]
 Collect = Callable[[LayerKind, jax.Array, jax.Array], Any]
 
+LAYER_INPUT = "layer_input"
+
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "save_attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
     "save_projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-"""Remat policies by name: keep everything; keep only each layer's input; keep the outputs of weight matmuls too."""
+"""What the backward pass finds, by name of the policy: everything; each layer's input; that input in the host's memory; the
+input and what attention gave; the input and the outputs of the weights' products."""
+
+
+class Kept(NamedTuple):
+    """Of layers, stacked like their parameters: what `collect` made of k and v, and the load of the experts; or None."""
+
+    collected: Any
+    load: ExpertLoad | None
 
 
 class LayerStack(nnx.Module):
@@ -46,7 +69,7 @@ class LayerStack(nnx.Module):
         remat: str,
         hand_on: bool = False,
         collect: Collect | None = None,
-    ) -> tuple[jax.Array, SharedKV | None, Any]:
+    ) -> tuple[jax.Array, SharedKV | None, tuple[Kept, Kept]]:
         """Runs the stack.
 
         Args:
@@ -60,19 +83,20 @@ class LayerStack(nnx.Module):
           collect: what to keep of every layer's k, v (cache filling); stacked like the parameters.
 
         Returns:
-          residual stream, k and v by kind (or None), (collected of sliding layers, of full layers).
+          residual stream, k and v by kind (or None), what is kept of sliding and of full layers.
         """
         plan = self.plan
 
         def run(layer: Layer, h: jax.Array, per_layer: jax.Array | None):
+            layer, h = gathered(layer, h.dtype), checkpoint_name(h, LAYER_INPUT)
             kind = layer.attention.kind
             if shared is not None:
                 source = KV(*shared[kind], places.positions, places.segment_ids, aligned=True)
             else:
                 source = lambda k, v: KV(k, v, places.positions, places.segment_ids, aligned=True)  # noqa: E731
-            h, kv = layer(h, per_layer, places, source)
+            h, kv, load = layer(h, per_layer, places, source)
             kept = collect(kind, kv.k, kv.v) if collect is not None else None
-            return h, ((kv.k, kv.v) if hand_on else None), kept
+            return constrain(h, "batch", "length", None), ((kv.k, kv.v) if hand_on else None), Kept(kept, load)
 
         if remat != "none":
             run = jax.checkpoint(run, policy=REMAT[remat])
@@ -107,6 +131,7 @@ class LayerStack(nnx.Module):
         if not hand_on:
             return None, None
         sliding, full = (
-            jax.numpy.zeros(layer.attention.kv_shape(h_BTD), h_BTD.dtype) for layer in (self.sliding, self.full)
+            constrain(jnp.zeros(layer.attention.kv_shape(h_BTD), h_BTD.dtype), "batch", "length", "kv_heads", None)
+            for layer in (self.sliding, self.full)
         )
         return (sliding, sliding), (full, full)

@@ -8,12 +8,17 @@ from flax import nnx
 
 from gemma4_jax.config import KINDS, LayerKind, ModelConfig
 from gemma4_jax.errors import UserError
+from gemma4_jax.kernels import vocabulary
 from gemma4_jax.model.attention import Places
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
+from gemma4_jax.model.gathering import gathered
 from gemma4_jax.model.kv import Cache, empty_cache, slot_of, write
+from gemma4_jax.model.moe import ExpertLoad
 from gemma4_jax.model.norm import RMSNorm
+from gemma4_jax.model.parameters import map_arrays
 from gemma4_jax.model.rope import Rotation, rotation
 from gemma4_jax.model.stack import Collect, LayerStack
+from gemma4_jax.sharding import constrain, current_mesh, parameter_shardings
 
 
 def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -54,28 +59,31 @@ class Transformer(nnx.Module):
         }
         return Places(positions_BT, segment_ids_BT, turn)
 
-    def embed_tokens(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """The residual stream's start [B, T, D] and the per-layer inputs [L, B, T, P] (None without them)."""
-        h = self.embed.lookup(tokens_BT, self.compute_dtype)
-        return h, None if self.per_layer is None else self.per_layer(tokens_BT, h)
+    def embed_tokens(
+        self, tokens_BT: jax.Array, per_layer: PerLayerInputs | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The residual stream's start [B, T, D] and what `per_layer` makes of it [L, B, T, P] (None without it)."""
+        h = constrain(self.embed.lookup(tokens_BT, self.compute_dtype), "batch", "length", None)
+        return h, None if per_layer is None else per_layer(tokens_BT, h)
 
     def _run(self, tokens_BT, positions_BT, segment_ids_BT, remat: str, collect: Collect | None = None):
-        """Final hidden states and what `collect` kept of the layers that own keys and values."""
+        """Final hidden states, what `collect` kept of the layers that own keys and values, the experts' load by layer."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
         places = self.places(positions_BT, segment_ids_BT)
         with jax.named_scope("embed"):
-            h, per_layer = self.embed_tokens(tokens_BT)
+            h, per_layer = self.embed_tokens(tokens_BT, gathered(self.per_layer, self.compute_dtype))
         own = self.own.plan.layers
         first, rest = (None, None) if per_layer is None else (per_layer[:own], per_layer[own:])
         with jax.named_scope("own"):
-            h, shared, kept = self.own(
+            h, shared, (sliding, full) = self.own(
                 h, first, places, None, remat=remat, hand_on=self.shared is not None, collect=collect
             )
         if self.shared is not None:
             with jax.named_scope("shared"):
                 h, _, _ = self.shared(h, rest, places, shared, remat=remat)
-        return self.final_norm(h), kept
+        h = gathered(self.final_norm, self.compute_dtype)(h)
+        return h, (sliding.collected, full.collected), _load(sliding.load, full.load)
 
     def hidden(
         self,
@@ -88,10 +96,20 @@ class Transformer(nnx.Module):
         """Hidden states after the final norm [B, T, D] in the compute dtype: what a chunked loss multiplies itself."""
         return self._run(tokens_BT, positions_BT, segment_ids_BT, remat)[0]
 
+    def hidden_and_load(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, *, remat: str = "none"
+    ) -> tuple[jax.Array, ExpertLoad | None]:
+        """`hidden`, and how the routers spread the tokens: [L, E]; None without experts."""
+        h, _, load = self._run(tokens_BT, positions_BT, segment_ids_BT, remat)
+        return h, load
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 soft-capped logits [..., V] of hidden states [..., D]."""
-        table = self.embed.rounded().astype(hidden.dtype)
-        out = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        table = self.embed.head(hidden.dtype)
+        if current_mesh() is None:
+            out = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        else:
+            out = vocabulary.logits(hidden, table)
         return softcap(out, self.cfg.final_logit_softcapping)
 
     def __call__(
@@ -133,7 +151,7 @@ class Transformer(nnx.Module):
             blank = jnp.zeros(shape, k_BTKH.dtype)
             return write(blank, slot[kind], k_BTKH), write(blank, slot[kind], v_BTKH)
 
-        h, (sliding, full) = self._run(tokens_BT, positions_BT, None, "none", fill)
+        h, (sliding, full), _ = self._run(tokens_BT, positions_BT, None, "none", fill)
         plan = self.own.plan
         layers = []
         for block in range(plan.blocks):
@@ -145,15 +163,39 @@ class Transformer(nnx.Module):
         return h, Cache(tuple(layers), positions)
 
 
-def init(cfg: ModelConfig, seed: int = 0, dtype: str = "float32", *, compute_dtype: str | None = None) -> Transformer:
-    """A randomly initialised model; normal weights with variance 1/fan_in, norms and scalars 1."""
+def _load(sliding: ExpertLoad | None, full: ExpertLoad | None) -> ExpertLoad | None:
+    """The loads of sliding layers [blocks, n, E] and full layers [blocks, E] as one [L, E]."""
+    if sliding is None or full is None:
+        return None
+    both = (jnp.concatenate([x, y[:, None]], axis=1) for x, y in zip(sliding, full, strict=True))
+    return ExpertLoad(*(x.reshape(-1, x.shape[-1]) for x in both))
+
+
+def init(
+    cfg: ModelConfig,
+    seed: int = 0,
+    dtype: str = "float32",
+    *,
+    compute_dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Transformer:
+    """A randomly initialised model; normal weights with variance 1/fan_in, norms and scalars 1.
+
+    On a mesh each device draws its own share: no parameter ever exists whole.
+    """
     # XLA's own generator: with JAX's default one, compiling the draws takes twice as long (12 s for a tiny model).
-    return _random(jax.random.key(seed, impl="rbg"), cfg, dtype, compute_dtype)
+    key = jax.random.key(seed, impl="rbg")
+    if mesh is None:
+        return _random(key, cfg, dtype, compute_dtype)
+    shardings = map_arrays(parameter_shardings(mesh), abstract(cfg, dtype, compute_dtype=compute_dtype))
+    return jax.jit(_draw, static_argnums=(1, 2, 3), out_shardings=shardings)(key, cfg, dtype, compute_dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _random(key: jax.Array, cfg: ModelConfig, dtype: str, compute_dtype: str | None) -> Transformer:
+def _draw(key: jax.Array, cfg: ModelConfig, dtype: str, compute_dtype: str | None) -> Transformer:
     return Transformer(cfg, rngs=nnx.Rngs(params=key), dtype=dtype, compute_dtype=compute_dtype)
+
+
+_random = jax.jit(_draw, static_argnums=(1, 2, 3))
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,0 +1,64 @@
+"""Parameters on their way from where they rest on the mesh to where a layer multiplies with them."""
+
+from typing import TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from gemma4_jax.model.linear import Weight, holding
+from gemma4_jax.model.parameters import map_arrays
+from gemma4_jax.sharding import current_mesh, gather, rest, use_spec
+
+M = TypeVar("M", bound=nnx.Module | None)
+N = TypeVar("N", bound=nnx.Module)
+
+
+def gathered(module: M, dtype: jax.typing.DTypeLike) -> M:
+    """The module with its parameters cut as they are used; the module itself without a mesh.
+
+    A weight is rounded to its grid and cast to `dtype` where it rests, and only then gathered: each device rounds its own
+    share, and half as many bytes travel. The router computes in float32 and is gathered so. Called on a layer
+    inside the scan (and again by its recomputation), so that the gathered weights of one layer exist at a time.
+    """
+    if current_mesh() is None:
+        return module
+
+    def ready(node):
+        if isinstance(node, Weight):
+            return holding(node, _weight(node, node.w.get_value().dtype if node.role == "router" else dtype))
+        return node.replace(gather(node.get_value(), own_dims(node)))
+
+    is_leaf = lambda node: isinstance(node, Weight | nnx.Variable)  # noqa: E731
+    return jax.tree.map(ready, module, is_leaf=is_leaf)
+
+
+def in_use(model: N) -> N:
+    """The whole model placed as its parameters are used, outside of any program; as it is without a mesh.
+
+    For decoding: a step that gathered weights would move them all for one token.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return model
+
+    def placed(_name: str, variable: nnx.Variable) -> jax.Array:
+        value = variable.get_value()
+        return jax.device_put(value, NamedSharding(mesh, use_spec(mesh, own_dims(variable), value.shape)))
+
+    return map_arrays(placed, model)
+
+
+def _weight(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    dims = own_dims(weight.w)
+    if weight.grid is None:
+        return gather(weight.w.get_value().astype(dtype), dims)
+    # Blocks of a grid run along the inputs, so those are whole while the weight is rounded.
+    ends = len(dims) - weight.n_out
+    whole = dims[ends - weight.n_in : ends]
+    return gather(weight.rounded(rest(weight.w.get_value(), dims, whole)).astype(dtype), dims, whole)
+
+
+def own_dims(variable: nnx.Variable) -> tuple[str, ...]:
+    """Names of the array's own dims: a scan has taken the stack's dims off the array, not off the names."""
+    return variable.dims[len(variable.dims) - variable.get_value().ndim :]
