@@ -14,9 +14,12 @@ from gemma4_jax.eval.perplexity import evaluate_loss
 from gemma4_jax.infer import program
 from gemma4_jax.infer.generate import Completion, Sampler
 from gemma4_jax.infer.prompts import conversation, read_prompts
+from gemma4_jax.mesh_choice import decoding_mesh
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.processor import Processor
+from gemma4_jax.sharding import check_batch
 from launch.models import check_agreement, make_model, make_processor, model_config
+from launch.processes import devices, on
 from launch.settings import EvalRun, SampleRun
 
 Write = Callable[[str], None]
@@ -28,9 +31,11 @@ def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
     cfg = model_config(run.model)
     processor = make_processor(run.tokenizer, run.model, cfg)
     check_agreement(cfg, processor)
-    model = make_model(run.model, run.seed)
-    sampler = Sampler(model, processor, max_length=run.sample.max_length, batch_size=run.sample.batch_size)
-    return program.run_sample(sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write)
+    mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh))
+    with on(mesh):
+        model = make_model(run.model, run.seed, mesh)
+        sampler = Sampler(model, processor, max_length=run.sample.max_length, batch_size=run.sample.batch_size)
+        return program.run_sample(sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write)
 
 
 def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
@@ -40,7 +45,18 @@ def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
     cfg = model_config(run.model)
     processor = make_processor(run.tokenizer, run.model, cfg)
     check_agreement(cfg, processor, run.data)
-    model = make_model(run.model, run.seed)
+    mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh))
+    check_batch(mesh, run.data.batch_size, run.data.seq_len)
+    with on(mesh):
+        results = _measured(run, processor, make_model(run.model, run.seed, mesh), write)
+    if run.workdir is not None:
+        path = Path(run.workdir) / "eval.json"
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        write(f"wrote {path}")
+    return results
+
+
+def _measured(run: EvalRun, processor: Processor, model: Transformer, write: Write) -> dict[str, float]:
     results: dict[str, float] = {}
     if "perplexity" in run.eval.metrics:
         results |= held_out_loss(model, processor, run.data, run.eval.max_examples, write)
@@ -53,10 +69,6 @@ def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
         )
         write(f"{report.scores(found)}\n{report.wrong_answers(found.wrong, run.eval.show_wrong)}".rstrip())
         results["exact_match"] = found.overall.accuracy
-    if run.workdir is not None:
-        path = Path(run.workdir) / "eval.json"
-        path.write_text(json.dumps(results, indent=1) + "\n")
-        write(f"wrote {path}")
     return results
 
 

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import jax
+
 from gemma4_jax import assets
 from gemma4_jax.checkpoint.load import load, load_config
 from gemma4_jax.config import ModelConfig
@@ -21,11 +23,12 @@ def model_config(section: ModelSection) -> ModelConfig:
     return ModelConfig.variant(section.variant, **section.overrides)
 
 
-def make_model(section: ModelSection, seed: int) -> Transformer:
-    """The model of a checkpoint, or a variant with random weights."""
+def make_model(section: ModelSection, seed: int, mesh: jax.sharding.Mesh | None = None) -> Transformer:
+    """The model of a checkpoint, or a variant with random weights; its parameters shared out on the mesh."""
+    dtype, compute_dtype = section.param_dtype, section.dtype
     if section.path is not None:
-        return load(section.path, dtype=section.param_dtype, compute_dtype=section.dtype, text_only=section.text_only)
-    return init(model_config(section), seed, section.param_dtype, compute_dtype=section.dtype)
+        return load(section.path, dtype=dtype, compute_dtype=compute_dtype, text_only=section.text_only, mesh=mesh)
+    return init(model_config(section), seed, dtype, compute_dtype=compute_dtype, mesh=mesh)
 
 
 def make_processor(tokenizer: str | None, section: ModelSection, cfg: ModelConfig) -> Processor:

@@ -17,12 +17,12 @@ def summary(run: settings.Run) -> str:
     return "\n".join(f"  {key:<{width}}  {'none' if value is None else value}" for key, value in chosen.items())
 
 
-def keep_config(run: settings.Run) -> None:
+def keep_config(run: settings.Run, write: bool = True) -> None:
     """Writes the resolved settings into the working directory, and refuses one that holds a run with other settings.
 
     Only keys marked `may_change` may differ from those of the run that is resumed; a run that saved nothing yet binds nobody.
-    Written under another name and renamed, so
-    that a killed process leaves the old file or the new one.
+    Written under another name and renamed, so that a killed process leaves the old file or the new one; of several
+    processes only one does `write`.
     """
     if run.workdir is None:
         return
@@ -35,6 +35,8 @@ def keep_config(run: settings.Run) -> None:
             raise UserError(f"{path} is not JSON ({error}); remove it to run in this directory.") from error
         if isinstance(run, settings.TrainRun) and any(path.parent.glob("checkpoints/[0-9]*")):
             _refuse_other_config(before, now, type(run), path)
+    if not write:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")

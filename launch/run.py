@@ -45,8 +45,10 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         quiet_libraries()
-        print(f"{run.task}  {command.config}\n{summary(run)}", flush=True)
-        keep_config(run)
+        first = not isinstance(run, settings.TrainRun) or _join(run) == 0
+        if first:
+            print(f"{run.task}  {command.config}\n{summary(run)}", flush=True)
+        keep_config(run, write=first)
         from launch.tasks import TASKS  # the programs take seconds to import; a wrong key should not wait for them
 
         TASKS[run.task](run)
@@ -105,6 +107,15 @@ def _module(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _join(run: settings.TrainRun) -> int:
+    """Meets the other processes of the run, if there are any; which one this is."""
+    if run.processes == settings.ProcessesSection():
+        return 0
+    from launch.processes import join
+
+    return join(run.processes)
 
 
 def quiet_libraries() -> None:

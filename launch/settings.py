@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from ml_collections import ConfigDict
 
+from gemma4_jax.chips import topology
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.pipeline import DataConfig
 from gemma4_jax.errors import UserError, did_you_mean
@@ -17,7 +18,8 @@ from gemma4_jax.infer.generate import SampleConfig
 from gemma4_jax.infer.prompts import PromptConfig
 from gemma4_jax.options import option
 from gemma4_jax.quant.policy import QuantConfig
-from gemma4_jax.train.loop import TrainConfig
+from gemma4_jax.sharding import MeshConfig
+from gemma4_jax.train.loop import Remat, TrainConfig
 from gemma4_jax.train.optimizer import OptimConfig
 from launch import schema
 
@@ -68,10 +70,35 @@ class Run:
     seed: int = option(0, "of random weights and of sampling; data.seed orders the rows")
 
 
+@dataclasses.dataclass(frozen=True)
+class ProcessesSection:
+    """The processes of one run, one a host: the same command on each, `index` apart. They find each other, then share `mesh`."""
+
+    auto: bool = option(False, "let JAX find the others (TPU pod slices, Slurm, Open MPI)", may_change=True)
+    coordinator: str | None = option(None, "HOST:PORT of process 0, where nobody finds them", may_change=True)
+    count: int | None = option(None, "how many, with coordinator", may_change=True)
+    index: int | None = option(None, "which one this is, 0 to count - 1, with coordinator", may_change=True)
+
+    def __post_init__(self):
+        given = [name for name in ("coordinator", "count", "index") if getattr(self, name) is not None]
+        if given and len(given) < 3:
+            raise UserError(
+                f"config.processes wants coordinator, count and index together, got only {' and '.join(given)}."
+            )
+        if given and self.auto:
+            raise UserError(
+                "config.processes.auto finds the other processes itself; leave coordinator, count and index out."
+            )
+        if self.count is not None and self.index is not None and not 0 <= self.index < self.count:
+            raise UserError(f"config.processes.index lies in 0..{self.count - 1}, got {self.index}.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainRun(Run):
     """What both ways of training share."""
 
+    mesh: MeshConfig = option(factory=MeshConfig, help="how devices share the work; none: chosen")
+    processes: ProcessesSection = option(factory=ProcessesSection, help="several hosts")
     model: ModelSection = option(help="the model to start from")
     tokenizer: str | None = option(None, "tokenizer file; none: beside the checkpoint, else the embedded one")
     data: DataConfig = option(help="training rows")
@@ -100,6 +127,7 @@ class SampleRun(Run):
     """Generate answers to prompts."""
 
     task: Literal["sample"] = option("sample", "which program")
+    mesh: MeshConfig = option(factory=MeshConfig, help="how devices share the work; none: chosen")
     model: ModelSection = option(help="the model that answers")
     tokenizer: str | None = option(None, "tokenizer file; none: beside the checkpoint, else the embedded one")
     prompts: PromptConfig = option(help="what to answer: exactly one of text, file and chat")
@@ -111,6 +139,7 @@ class EvalRun(Run):
     """Measure a checkpoint on held-out rows: perplexity, exact match."""
 
     task: Literal["eval"] = option("eval", "which program")
+    mesh: MeshConfig = option(factory=MeshConfig, help="how devices share the work; none: chosen")
     model: ModelSection = option(help="the model to measure")
     tokenizer: str | None = option(None, "tokenizer file; none: beside the checkpoint, else the embedded one")
     data: DataConfig = option(help="held-out rows")
@@ -126,12 +155,54 @@ class ConvertRun(Run):
     convert: ConvertSection = option(help="from where to where")
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """Which step, for which devices; nothing runs and no device is needed."""
+
+    topology: str = option(
+        "v6e:4x4", "devices to plan for, a chip and a shape: v5e:2x4, v6e:8x8, v5p:4x4x4, tpu7x:2x2x1, h100:8"
+    )
+    step: Literal["sft", "qat", "prefill", "decode"] = option("sft", "which program")
+    mode: Literal["compile", "estimate"] = option(
+        "compile",
+        "compile it (minutes, exact) or estimate it and rank meshes and batches (seconds, within 10 % of memory)",
+    )
+    batch_size: int = option(16, "sequences at a time, over all devices")
+    seq_len: int = option(4096, "tokens of a sequence; of decode, slots of the cache")
+    remat: Remat = option("full", "as train.remat, for sft and qat")
+    grad_accum: int = option(1, "as train.grad_accum, for sft and qat")
+    first_moment: Literal["float32", "bfloat16"] = option("float32", "as optim.first_moment, for sft and qat")
+    headroom: float = option(0.0, "share of the memory to leave free")
+    output: str | None = option(None, "JSON file for the numbers")
+    hlo: str | None = option(None, "file for the text of the compiled program")
+
+    def __post_init__(self):
+        topology(self.topology)  # complains about an unknown one before anything is traced
+        for name in ("batch_size", "seq_len", "grad_accum"):
+            if getattr(self, name) < 1:
+                raise UserError(f"plan.{name} is at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.headroom < 1:
+            raise UserError(f"plan.headroom is a share from 0 up to 1, got {self.headroom}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRun(Run):
+    """Find out whether a step fits, and how fast it could be, before the devices are rented."""
+
+    task: Literal["plan"] = option("plan", "which program")
+    model: ModelSection = option(help="the model; of a checkpoint only its config is read")
+    mesh: MeshConfig = option(factory=MeshConfig, help="how devices share the work; none: chosen")
+    plan: PlanConfig = option(factory=PlanConfig, help="which step on which devices")
+    quant: QuantConfig = option(factory=QuantConfig, help="grid and teacher of plan.step=qat")
+
+
 TASKS: dict[str, type[Run]] = {
     "sft": SftRun,
     "qat": QatRun,
     "sample": SampleRun,
     "eval": EvalRun,
     "convert": ConvertRun,
+    "plan": PlanRun,
 }
 
 

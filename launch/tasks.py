@@ -5,6 +5,7 @@ from typing import Any
 
 from launch.answering import run_eval, run_sample
 from launch.conversion import run_convert
+from launch.plan import run_plan
 from launch.training import run_training
 
 TASKS: dict[str, Callable[[Any], Any]] = {
@@ -13,4 +14,5 @@ TASKS: dict[str, Callable[[Any], Any]] = {
     "sample": run_sample,
     "eval": run_eval,
     "convert": run_convert,
+    "plan": run_plan,
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from gemma4_jax.checkpoint.store import Store, model_meta
 from gemma4_jax.config import ModelConfig
@@ -16,9 +17,12 @@ from gemma4_jax.eval.perplexity import evaluate_loss
 from gemma4_jax.eval.report import wrong_answers
 from gemma4_jax.infer.generate import Sampler
 from gemma4_jax.infer.prompts import conversation
+from gemma4_jax.mesh_choice import training_mesh
+from gemma4_jax.model.parameters import in_compute_dtype
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.processor import Processor
 from gemma4_jax.quant import policy
+from gemma4_jax.sharding import batch_share, check_batch, shape_of
 from gemma4_jax.train.loop import Hooks, resume, train
 from gemma4_jax.train.metrics import Meter, Recorder, duration, si
 from gemma4_jax.train.optimizer import optimizer, schedule
@@ -26,6 +30,7 @@ from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
 from gemma4_jax.train.throughput import flops_per_token, peak_flops
 from launch.models import check_agreement, make_model, make_processor, model_config
+from launch.processes import devices, on, voice
 from launch.settings import QatRun, TrainRun
 
 SAMPLES, SAMPLE_TOKENS = 2, 64
@@ -36,21 +41,48 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     """Trains, or goes on where the working directory stopped; returns the last state."""
     started = time.perf_counter()
     cfg = model_config(run.model)
+    write = voice(write)
+    mesh = _mesh(run, cfg)
+    if mesh is not None:
+        write(f"mesh {shape_of(mesh)}: {mesh.size} devices, {jax.process_count()} processes")
+    with on(mesh):
+        return _train(run, cfg, mesh, started, write)
+
+
+def _mesh(run: TrainRun, cfg: ModelConfig) -> Mesh | None:
+    """The mesh of the settings, or the one that suits them; None on one device."""
+    rows, rest = divmod(run.data.batch_size, run.train.grad_accum)
+    if rest:
+        raise UserError(
+            f"train.grad_accum={run.train.grad_accum} does not divide data.batch_size={run.data.batch_size}; choose one "
+            "that does."
+        )
+    mesh = training_mesh(cfg, run.mesh, devices(run.mesh), rows, run.data.seq_len)
+    if run.eval_data is not None:
+        check_batch(mesh, run.eval_data.batch_size, run.eval_data.seq_len, "eval_data")
+    return mesh
+
+
+def _train(
+    run: TrainRun, cfg: ModelConfig, mesh: Mesh | None, started: float, write: Callable[[str], None]
+) -> TrainState:
     processor = make_processor(run.tokenizer, run.model, cfg)
     check_agreement(cfg, processor, run.data, run.eval_data)
     if run.train.keep_best and run.eval_data is None:
         raise UserError("train.keep_best ranks checkpoints by held-out loss, but config.eval_data is none; set it.")
-    batches = _loader(run.data, processor)
+    share = batch_share(mesh)
+    batches = _loader(run.data, processor, share)
     write(f"data\n{batches.summary.table()}")
-    evaluate = None if run.eval_data is None else _evaluation(run.eval_data, processor, run.train.eval_batches, write)
+    evaluate = None if run.eval_data is None else _evaluation(run, processor, share, write)
 
-    model = make_model(run.model, run.seed)
-    teacher = _teacher(run, model, processor, write) if isinstance(run, QatRun) else None
+    model = make_model(run.model, run.seed, mesh)
+    teacher = _teacher(run, model, processor, mesh, write) if isinstance(run, QatRun) else None
     quantised = policy.apply(model, run.quant) if isinstance(run, QatRun) else model
     if policy.grid_names(quantised):
         write(f"weights on the grid\n{policy.coverage(quantised).table()}")
     optim = optimizer(run.optim, run.train.steps)
-    state = TrainState.create(quantised, optim, run.optim.freeze, copy=teacher is model)
+    shares_arrays = isinstance(run, QatRun) and teacher is not None and run.quant.teacher is None
+    state = TrainState.create(quantised, optim, run.optim.freeze, copy=shares_arrays)
     # From here on the state alone holds the weights: a second set would double the memory of the run.
     template = jax.eval_shape(lambda m: m, quantised)
     del model, quantised
@@ -64,7 +96,8 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     if workdir is not None:
         best = "loss" if run.train.keep_best else None
         store = Store(workdir / "checkpoints", keep=run.train.keep, metric=best)
-        processor.save(workdir)
+        if jax.process_index() == 0:
+            processor.save(workdir)
     state = resume(store, state, batches)
     done = int(state.step)
     if done:
@@ -75,10 +108,11 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
         optim,
         grad_accum=run.train.grad_accum,
         remat=run.train.remat,
+        balance_weight=run.train.balance_weight,
         distill_weight=distill.distill_weight if distill else 0.0,
         reverse_kl=distill.reverse_kl if distill else False,
     )
-    recorder = Recorder(workdir, done)
+    recorder = Recorder(workdir if jax.process_index() == 0 else None, done)
     try:
         state = train(
             run.train,
@@ -91,7 +125,9 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
             store=store,
             meta={"model": model_meta(template)},
             recorder=recorder,
-            meter=Meter(run.train.steps, flops_per_token(cfg, run.data.seq_len), peak_flops()),
+            meter=Meter(
+                run.train.steps, flops_per_token(cfg, run.data.seq_len), peak_flops(1 if mesh is None else mesh.size)
+            ),
             hooks=Hooks(evaluate, _samples(run, cfg, processor), write),
         )
     finally:
@@ -104,34 +140,37 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     return state
 
 
-def _loader(config: DataConfig, processor: Processor) -> Loader:
-    return make_loader(config, processor, process_index=jax.process_index(), process_count=jax.process_count())
+def _loader(config: DataConfig, processor: Processor, share: tuple[int, int]) -> Loader:
+    return make_loader(config, processor, process_index=share[0], process_count=share[1])
 
 
 def _evaluation(
-    config: DataConfig, processor: Processor, max_batches: int | None, write: Callable[[str], None]
+    run: TrainRun, processor: Processor, share: tuple[int, int], write: Callable[[str], None]
 ) -> Callable[[Transformer], dict[str, float]]:
-    loader = _loader(config, processor)
+    assert run.eval_data is not None
+    loader = _loader(run.eval_data, processor, share)
     write(f"held-out data\n{loader.summary.table()}")
 
     def evaluate(model: Transformer) -> dict[str, float]:
         loader.reset()
-        return evaluate_loss(model, loader, max_batches=max_batches)
+        return evaluate_loss(model, loader, max_batches=run.train.eval_batches)
 
     return evaluate
 
 
-def _teacher(run: QatRun, model: Transformer, processor: Processor, write: Callable[[str], None]) -> Transformer | None:
-    """The frozen float model of the loss: the one training starts from unless another is named."""
+def _teacher(
+    run: QatRun, model: Transformer, processor: Processor, mesh: Mesh | None, write: Callable[[str], None]
+) -> Transformer | None:
+    """The frozen float model of the loss, stored as it computes: the one training starts from unless another is named."""
     if run.quant.distill_weight == 0.0:
         return None
     if run.quant.teacher is None:
-        return model
+        return in_compute_dtype(model, run.model.dtype)
     section = type(run.model)(path=run.quant.teacher, dtype=run.model.dtype, param_dtype=run.model.param_dtype)
-    teacher = make_model(section, run.seed)
+    teacher = make_model(section, run.seed, mesh)
     check_agreement(teacher.cfg, processor)
     write(f"teacher: {run.quant.teacher}")
-    return teacher
+    return in_compute_dtype(teacher, run.model.dtype)
 
 
 def _samples(run: TrainRun, cfg: ModelConfig, processor: Processor) -> Callable[[Transformer], str] | None:

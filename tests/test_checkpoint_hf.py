@@ -164,7 +164,7 @@ def test_parameters_go_where_shardings_say(small, directory):
         spec = [None if dim != "embed" else "x" for dim in variable.dims]
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
-    sharded = load(directory, shardings=over_embed)
+    sharded = load_hf(directory, shardings=over_embed)
     q = arrays(sharded)["own.sliding.attention.q.w"]
     assert q.addressable_shards[0].data.shape[2] == q.shape[2] // 8
     assert same_arrays(sharded, small)

@@ -369,8 +369,8 @@ def test_evaluation_order_and_padding(load, config, processor):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_processes_share_each_batch(load, config, packing):
-    config = replace(config, packing=packing, epochs=2)
-    alone = list(load(replace(config, batch_size=6)))
+    config = replace(config, packing=packing, epochs=2, batch_size=6)
+    alone = list(load(config))
     shares = [list(load(config, process_index=index, process_count=3)) for index in range(3)]
     assert len({len(share) for share in shares}) == 1
     together = [
@@ -421,7 +421,8 @@ def test_resume_in_the_middle_of_reading(load, config):
 
 
 def test_resume_on_another_number_of_processes(load, config):
-    alone = load(replace(config, batch_size=4))
+    config = replace(config, batch_size=4)
+    alone = load(config)
     next(alone)
     state = alone.state()
     rest = list(alone)
@@ -494,6 +495,8 @@ def test_closed_and_misplaced(load, config, processor):
         next(loader)
     with pytest.raises(ValueError, match="process_index runs from 0 to 1, got 2"):
         make_loader(config, processor, process_index=2, process_count=2)
+    with pytest.raises(UserError, match="batch_size=2 cannot be shared out over 3 processes; choose a multiple"):
+        make_loader(config, processor, process_index=2, process_count=3)
 
 
 def test_published_tokenizer_on_real_questions(shared_data):

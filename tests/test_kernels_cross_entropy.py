@@ -88,6 +88,18 @@ def test_distillation_matches_reference(distill_weight, reverse_kl, dtype):
     assert_same(got, run(reference.token_losses, *arrays, **options), dtype)
 
 
+def test_rows_of_a_batch_are_rows():
+    """[B, T] rows give the numbers of [B * T] rows, and a gradient of their own shape."""
+    hidden, table, targets, weights, teacher = (jax.tree.map(lambda x: x[:36], x) for x in inputs())
+    wanted = run(token_losses, hidden, table, targets, weights, (teacher[0], teacher[1]), chunk=8, distill_weight=0.3)
+    hidden, taught, targets, weights = (x.reshape(4, 9, *x.shape[1:]) for x in (hidden, teacher[0], targets, weights))
+    value, sums, (d_hidden, d_table) = run(
+        token_losses, hidden, table, targets, weights, (taught, teacher[1]), chunk=8, distill_weight=0.3
+    )
+    assert d_hidden.shape == hidden.shape
+    assert_same((value, sums, (d_hidden.reshape(36, D), d_table)), wanted, jnp.float32)
+
+
 def test_a_teacher_equal_to_the_student_costs_nothing():
     hidden, table, targets, weights, _ = inputs()
     got = run(token_losses, hidden, table, targets, weights, teacher=(hidden, table), distill_weight=1.0, chunk=8)

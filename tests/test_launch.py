@@ -24,7 +24,9 @@ SIZES = {
     "sliding_window": 16,
     "max_position_embeddings": 256,
 }
+ALONE = "--config.mesh.devices=1"
 COMMON = [
+    ALONE,
     "--config.data.seq_len=144",
     "--config.data.batch_size=2",
     "--config.eval_data.seq_len=144",
@@ -121,12 +123,12 @@ def test_qat_starts_from_the_float_run_and_answers_as_its_snapped_weights(traine
 def test_sampling_and_evaluating_a_run(trained: Path, tmp_path: Path, capsys):
     output = tmp_path / "answers.jsonl"
     options = [f"--config.model.path={trained}", "--config.sample.max_new_tokens=4"]
-    assert main(["--config=configs/tiny_sample.py", *options, f"--config.prompts.output={output}"]) == 0
+    assert main(["--config=configs/tiny_sample.py", ALONE, *options, f"--config.prompts.output={output}"]) == 0
     (row,) = [json.loads(line) for line in output.read_text().splitlines()]
     assert 1 <= len(row["tokens"]) <= 4
     assert "tokens/s" in capsys.readouterr().out
     options += ["--config.eval.max_examples=4", "--config.data.batch_size=2", f"--config.workdir={tmp_path}"]
-    assert main(["--config=configs/tiny_eval.py", *options]) == 0
+    assert main(["--config=configs/tiny_eval.py", ALONE, *options]) == 0
     results = json.loads((tmp_path / "eval.json").read_text())
     assert results["perplexity"] > 1
     assert 0 <= results["exact_match"] <= 1

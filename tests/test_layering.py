@@ -11,20 +11,21 @@ PROJECT = Path(__file__).resolve().parent.parent
 # other, except in the rows of COMPANY.
 ROWS = (
     ("launch", "configs"),
-    ("train", "infer", "eval"),
+    ("train", "infer", "eval", "plan"),
     ("checkpoint", "data", "tokenizer", "chat", "processor"),
     ("model",),
     ("quant", "kernels"),
-    ("config", "sharding"),
-    ("assets", "options", "errors"),
+    ("mesh_choice",),
+    ("config", "sharding", "chips"),
+    ("assets", "options", "errors", "tables"),
 )
 # Config files use launch.settings; a processor is a tokenizer and a chat format; leaves are leaves.
-COMPANY = {0, 2, 6}
+COMPANY = {0, 2, 7}
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 FOREIGN = {"torch", "transformers", "tensorflow", "qwix", "jinja2"}
 SAYS_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 TOP_LEVEL = {
-    *("gemma4_jax", "configs", "launch", "tests", "notebooks", "benchmarks"),
+    *("gemma4_jax", "configs", "launch", "tests", "notebooks", "benchmarks", "docs"),
     *("setup.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
 }
 SOURCES = sorted(p for root in ("gemma4_jax", "launch", "configs") for p in (PROJECT / root).rglob("*.py"))

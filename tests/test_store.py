@@ -13,7 +13,7 @@ from test_checkpoint_hf import SMALL, random_model, same_arrays
 
 from gemma4_jax.checkpoint import store as store_module
 from gemma4_jax.checkpoint.load import load
-from gemma4_jax.checkpoint.store import Store, config_of, model_meta, save_model
+from gemma4_jax.checkpoint.store import Store, config_of, load_model, model_meta, save_model
 from gemma4_jax.config import ModelConfig, Rope
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays
@@ -213,7 +213,7 @@ def test_model_directories_keep_config_dtypes_and_placement(model, tmp_path):
         assert value.dtype == jnp.float32
         np.testing.assert_array_equal(np.asarray(value), np.asarray(arrays(model)[name]).astype(np.float32))
     everywhere = jax.sharding.NamedSharding(jax.make_mesh((8,), ("x",)), jax.sharding.PartitionSpec())
-    placed = load(tmp_path / "model", shardings=lambda _name, _variable: everywhere)
+    placed = load_model(tmp_path / "model", shardings=lambda _name, _variable: everywhere)
     assert {value.sharding for value in arrays(placed).values()} == {everywhere}
     with pytest.raises(UserError, match="exists and is not an empty directory"):
         save_model(model, tmp_path / "model")

@@ -43,7 +43,7 @@ def load_hf(
       dtype: of the parameters; None: as stored, each parameter in the widest dtype of its tensors.
       compute_dtype: what layers compute in; None: `dtype`, or the embedding's.
       text_only: skip the tensors of vision and audio towers without reading their bytes. Without it they are an error.
-      shardings: where each parameter goes. One parameter at a time is on the host; on a CPU it stays where it was read.
+      shardings: where each parameter goes. One parameter at a time is on the host; on one CPU it stays where it was read.
 
     Raises:
       UserError: anything wrong with the directory, in one sentence with the names.
@@ -64,7 +64,10 @@ def load_hf(
             target = entry.view(host[(*entry.index, ...)])
             for rows, block in tensor.blocks():
                 copy(target[rows], block)
-        return jax.device_put(host, shardings(parameter, variable))
+        sharding = shardings(parameter, variable)
+        if sharding.is_fully_addressable:
+            return jax.device_put(host, sharding)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return map_arrays(read, abstract(cfg, dtype or "float32", compute_dtype=compute_dtype))
 

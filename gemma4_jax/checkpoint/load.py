@@ -5,11 +5,12 @@ import os
 import jax
 
 from gemma4_jax.checkpoint.hf import checkpoint_directory, load_hf, read_config
-from gemma4_jax.checkpoint.placement import Shardings, Which, default_device
+from gemma4_jax.checkpoint.placement import Which, default_device
 from gemma4_jax.checkpoint.shards import INDEX, SINGLE
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.sharding import parameter_shardings
 
 
 def load(
@@ -18,7 +19,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     compute_dtype: jax.typing.DTypeLike | None = None,
     text_only: bool = False,
-    shardings: Shardings = default_device,
+    mesh: jax.sharding.Mesh | None = None,
     step: Which = "latest",
 ) -> Transformer:
     """The model in a Hugging Face directory, one of our model directories, a training step, or a training run.
@@ -28,13 +29,14 @@ def load(
       dtype: of the parameters; None: as stored.
       compute_dtype: what layers compute in; None: `dtype`, else as stored.
       text_only: leave out the vision and audio towers of a Hugging Face checkpoint; without it they are an error.
-      shardings: where each parameter goes, from its name and variable.
+      mesh: where the parameters go, cut as `sharding.PARAMETERS` says; None: this process's first device.
       step: of a training run: a number, "latest" or "best".
 
     Raises:
       UserError: the directory is missing, empty, neither kind, or damaged, in one sentence.
     """
     text = os.fspath(path)
+    shardings = default_device if mesh is None else parameter_shardings(mesh)
     if not _is_ours(text):
         return load_hf(text, dtype=dtype, compute_dtype=compute_dtype, text_only=text_only, shardings=shardings)
     from gemma4_jax.checkpoint import store  # Orbax takes a second to import

@@ -36,7 +36,7 @@ class DataConfig:
     paths: str | tuple[str, ...] = option(help="files or glob patterns, separated by commas or as a tuple")
     kind: Kind = option("chat", "what a row is: a chat, question and answer fields, or text")
     seq_len: int = option(2048, "tokens in a sequence")
-    batch_size: int = option(8, "sequences in a batch of one process")
+    batch_size: int = option(8, "sequences in a batch, over all devices and processes")
     packing: bool = option(True, "several examples to a sequence")
     shuffle: bool = option(True, "another order of rows in each epoch")
     seed: int = option(0, "of the order of rows")
@@ -99,6 +99,10 @@ class Loader(Iterator[Batch]):
 
         if not 0 <= process_index < process_count:
             raise ValueError(f"process_index runs from 0 to {process_count - 1}, got {process_index}.")
+        if config.batch_size % process_count:
+            raise UserError(
+                f"data.batch_size={config.batch_size} cannot be shared out over {process_count} processes; choose a multiple."
+            )
         line_rows = config.kind != "text" or config.text_is_json
         source = FileRows(config.paths, "line" if line_rows else config.document)
         table = RowTable(
@@ -110,19 +114,19 @@ class Loader(Iterator[Batch]):
         self._plan = Plan(
             table, config.seq_len, config.pack_window, config.packing, config.shuffle, config.seed, config.epochs
         )
-        self._global_batch = config.batch_size * process_count
+        self._batch_size = config.batch_size
         files = [str(path) for path in source.files]
-        self.summary: Summary = summarise(self._plan, files, self._global_batch, config.check_rows)
+        self.summary: Summary = summarise(self._plan, files, config.batch_size, config.check_rows)
         # What decides which example is where: a state is good only for data where all of it is the same.
         self._identity = {
             "rows": len(source),
             "bytes": source.num_bytes,
-            "global_batch": self._global_batch,
+            "global_batch": config.batch_size,
             **{name: getattr(config, name) for name in _ORDER_FIELDS},
             "vocab_size": processor.vocab_size,
         }
         pad = processor.tokenizer.special.pad
-        batches = BatchDataset(self._plan, config.batch_size, pad, process_index, process_count)
+        batches = BatchDataset(self._plan, config.batch_size // process_count, pad, process_index, process_count)
         # A list of one, emptied by `close`: Grain's iterator must be gone before the interpreter takes its modules down,
         # or it complains; the finalizer sees to that when nobody calls `close`.
         self._open = [iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch))]
@@ -146,7 +150,7 @@ class Loader(Iterator[Batch]):
         windows = self._plan.num_windows
         if windows is None or not self._plan.table.known:
             return None
-        return -(-sum(count for count, _ in count_sequences(self._plan, range(windows))) // self._global_batch)
+        return -(-sum(count for count, _ in count_sequences(self._plan, range(windows))) // self._batch_size)
 
     def state(self) -> dict[str, Any]:
         """Where the next batch comes from, for `restore`; JSON, the same on every process."""
@@ -186,7 +190,7 @@ def _close(iterators: "list[DatasetIterator[Batch]]") -> None:
 
 
 def make_loader(config: DataConfig, processor: Processor, *, process_index: int = 0, process_count: int = 1) -> Loader:
-    """The batches of process `process_index` of `process_count`, each `config.batch_size` sequences.
+    """The share of process `process_index` of `process_count` in each batch of `config.batch_size` sequences.
 
     The last batch of a finite number of epochs is filled up with padding (weight 0), so nothing is dropped and all processes
     yield equally many. For evaluation: `epochs=1, shuffle=False`, and `reset()` before each pass.

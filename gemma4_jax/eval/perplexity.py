@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from gemma4_jax.errors import UserError
 from gemma4_jax.kernels.cross_entropy import token_losses
 from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.sharding import place_batch
 
 
 def evaluate_loss(
@@ -29,7 +30,7 @@ def evaluate_loss(
     Raises:
         UserError: no token to count.
     """
-    sums = [_sums(model, dict(batch)) for batch in islice(batches, max_batches)]
+    sums = [_sums(model, dict(place_batch(batch))) for batch in islice(batches, max_batches)]
     totals = [math.fsum(column) for column in zip(*jax.device_get(sums), strict=True)] or [0.0] * 3
     loss, correct, tokens = totals
     if tokens <= 0:
@@ -42,11 +43,11 @@ def evaluate_loss(
 def _sums(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy, right answers and tokens of a batch, summed; float32 scalars."""
     hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
-    weights = jnp.asarray(batch["loss_weights"]).reshape(-1)
+    weights = jnp.asarray(batch["loss_weights"])
     _, sums = token_losses(
-        hidden.reshape(-1, hidden.shape[-1]),
-        model.embed.rounded().astype(hidden.dtype),
-        jnp.asarray(batch["targets"]).reshape(-1),
+        hidden,
+        model.embed.head(hidden.dtype),
+        jnp.asarray(batch["targets"]),
         weights,
         softcap=model.cfg.final_logit_softcapping,
     )

@@ -16,8 +16,9 @@ import numpy as np
 from gemma4_jax.infer.sampler import Rule, Rules, choose
 from gemma4_jax.model.decode import Decoder, unroll
 from gemma4_jax.model.embed import Embedding
+from gemma4_jax.model.gathering import in_use
 from gemma4_jax.model.kv import Cache
-from gemma4_jax.model.linear import Weight
+from gemma4_jax.model.linear import Weight, holding
 from gemma4_jax.model.transformer import Transformer
 
 CHUNK = 32
@@ -106,7 +107,7 @@ class Engine:
             tokens[row, :size] = request.tokens
             positions[row, :size] = np.arange(size)
             left[row] = request.max_new_tokens
-        controls = _controls(requests, rows)
+        controls = controls_of(requests, rows)
         cache, logits = prefill_step(self._model, tokens, positions, cache_length=cache_length)
         progress, token, logprob = first_token(logits, controls, jnp.asarray(positions.max(axis=1)), jnp.asarray(left))
         return Batch(controls, cache, progress), np.asarray(token)[:, None], np.asarray(logprob)[:, None]
@@ -135,12 +136,9 @@ def decoder_of(model: Transformer) -> Decoder:
             return module
         if module.grid is None and module.w.get_value().dtype == model.compute_dtype:
             return module
-        new = jax.tree.map(lambda x: x, module)
-        new.w = module.w.replace(_as_used(module, model.compute_dtype))
-        new.grid = None
-        return new
+        return holding(module, _as_used(module, model.compute_dtype))
 
-    return unroll(jax.tree.map(ready, model, is_leaf=_is_weight))
+    return unroll(in_use(jax.tree.map(ready, model, is_leaf=_is_weight)))
 
 
 def _is_weight(node: object) -> bool:
@@ -149,7 +147,7 @@ def _is_weight(node: object) -> bool:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _as_used(module: Weight | Embedding, dtype: str) -> jax.Array:
-    return module.rounded().astype(dtype)
+    return module.head(dtype) if isinstance(module, Embedding) else module.rounded().astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="cache_length")
@@ -209,7 +207,7 @@ def _extend(progress: Progress, logits_BV: jax.Array, controls: Controls) -> tup
     return new, chosen, jnp.where(progress.done, jnp.float32(0), logprob)
 
 
-def _controls(requests: Sequence[Request], rows: int) -> Controls:
+def controls_of(requests: Sequence[Request], rows: int) -> Controls:
     """The requests' rules, keys and stop ids as arrays; idle rows repeat the first request."""
     filled = [*requests, *[requests[0]] * (rows - len(requests))]
     width = bucket(max(len(request.stop_ids) for request in filled), 1 << 30)

@@ -11,9 +11,13 @@ from gemma4_jax.checkpoint.store import Store
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.options import option
+from gemma4_jax.sharding import place_batch
 from gemma4_jax.train.metrics import Meter, Recorder, Write, duration
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import TrainStep
+
+Remat = Literal["none", "full", "offload", "save_attention", "save_projections"]
+"""The keys of `model.stack.REMAT`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,8 @@ class TrainConfig:
 
     steps: int = option(1000, "optimizer steps of the whole run")
     grad_accum: int = option(1, "micro-batches a batch is cut into")
-    remat: Literal["none", "full", "save_projections"] = option("none", "what the backward pass computes again")
+    remat: Remat = option("none", "what the backward pass computes again")
+    balance_weight: float = option(0.0, "of the loss that spreads tokens over experts (26B-A4B); 0.01 is usual")
     log_every: int = option(10, "steps between log lines", may_change=True)
     eval_every: int = option(0, "steps between evaluations; 0: only after the last", may_change=True)
     eval_batches: int | None = option(None, "held-out batches an evaluation reads; none: all", may_change=True)
@@ -37,7 +42,7 @@ class TrainConfig:
         for name in ("steps", "grad_accum", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is at least 1, got {getattr(self, name)}.")
-        for name in ("eval_every", "sample_every", "save_every"):
+        for name in ("eval_every", "sample_every", "save_every", "balance_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is at least 0, got {getattr(self, name)}.")
 
@@ -113,7 +118,7 @@ def train(
     while done < config.steps:
         batch = _next(batches, done, config.steps)
         began = time.perf_counter()
-        state, metrics = step(state, batch, teacher)
+        state, metrics = step(state, place_batch(batch), teacher)
         if not compiled:
             compiled = True
             seconds = time.perf_counter() - began

@@ -101,7 +101,8 @@ class Meter:
         count, tokens = len(rows), sum(row["tokens"] for row in rows)
         values = {
             name: sum(row[name] * row["tokens"] for row in rows) / max(tokens, 1e-9)
-            for name in ("loss", "ce", "kl", "accuracy")
+            for name in ("loss", "ce", "kl", "accuracy", "balance", "max_load", "unused")
+            if name in rows[0]
         }
         values["grad_norm"] = sum(row["grad_norm"] for row in rows) / count
         values["learning_rate"] = rows[-1]["learning_rate"]
@@ -117,9 +118,10 @@ class Meter:
     def _line(self, step: int, values: Mapping[str, float]) -> str:
         speed = f"MFU {values['mfu']:.1%}" if "mfu" in values else f"{si(values['flops_per_second'])}FLOP/s"
         kl = f"  kl {values['kl']:.4f}" if values["kl"] else ""
+        experts = f"  load {values['max_load']:.1f}x" if "max_load" in values else ""
         left = duration((self._steps - step) * values["seconds_per_step"])
         return (
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {values['loss']:.4f}{kl}  "
-            f"accuracy {values['accuracy']:.3f}  lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3g}  "
+            f"accuracy {values['accuracy']:.3f}  lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3g}{experts}  "
             f"{si(values['tokens_per_second'])} tokens/s  {speed}  {values['seconds_per_step']:.3g} s/step  ETA {left}"
         )

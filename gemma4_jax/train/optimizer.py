@@ -22,6 +22,9 @@ class OptimConfig:
     warmup_steps: int = option(0, "steps of linear warm-up")
     end_factor: float = option(0.1, "last learning rate as a share of the peak")
     b1: float = option(0.9, "decay of the first moment")
+    first_moment: Literal["float32", "bfloat16"] = option(
+        "float32", "what the first moment is stored in; bfloat16 saves 2 bytes a parameter"
+    )
     b2: float = option(0.95, "decay of the second moment")
     eps: float = option(1e-8, "added to the root of the second moment")
     weight_decay: float = option(0.0, "decoupled decay of weight matrices; norms, scales and embeddings never decay")
@@ -64,6 +67,7 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
+            mu_dtype=config.first_moment,
             mask=_decay_mask,
         )
     )

@@ -41,9 +41,12 @@ class TrainState:
         values = jax.jit(lambda x: jax.tree.map(jnp.copy, x))(arrays(model)) if copy else arrays(model)
         params = {name: value for name, value in values.items() if name in moving}
         frozen = {name: value for name, value in values.items() if name not in moving}
-        state = cls(jnp.int32(0), params, frozen, jax.jit(optimizer.init)(params))
+        shardings = {name: value.sharding for name, value in params.items()}
+        moments = moment_shardings(jax.eval_shape(optimizer.init, params), shardings)
+        state = cls(jnp.int32(0), params, frozen, jax.jit(optimizer.init, out_shardings=moments)(params))
         # Committed to where it is: a step's results are, and an input that is not would compile the second step again.
-        return jax.device_put(state, jax.tree.map(lambda x: x.sharding, state))
+        places = dataclasses.replace(jax.tree.map(lambda x: x.sharding, state), step=_beside(shardings))
+        return jax.device_put(state, places)
 
     def model(self, template: Transformer) -> Transformer:
         """The model with this state's arrays."""
@@ -65,6 +68,27 @@ class TrainState:
             {name: values[f"frozen.{name}"] for name in self.frozen},
             jax.tree.unflatten(jax.tree.structure(self.opt_state), leaves),
         )
+
+
+def moment_shardings(opt_state: Any, shardings: Mapping[str, jax.sharding.Sharding]) -> Any:
+    """Where each array of an (abstract) optimizer state lies: a moment with its parameter, a scalar on every device."""
+    alone = _beside(shardings)
+    leaves = [shardings.get(name, alone) if leaf.ndim else alone for name, leaf in _by_parameter(opt_state)]
+    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+
+
+def _beside(shardings: Mapping[str, jax.sharding.Sharding]) -> jax.sharding.Sharding:
+    """Whole on every device that holds parameters."""
+    some = next(iter(shardings.values()))
+    if isinstance(some, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(some.mesh, jax.sharding.PartitionSpec())
+    return some
+
+
+def _by_parameter(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves of an optimizer state with the name of the parameter they belong to: the last key on their path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path[-1:], simple=True) if path else "", leaf) for path, leaf in leaves]
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 from gemma4_jax.errors import UserError
-from gemma4_jax.model.parameters import with_arrays
+from gemma4_jax.model.parameters import variables, with_arrays
 from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.sharding import constrain, rest
 from gemma4_jax.train.loss import Batch, loss_sum
 from gemma4_jax.train.state import TrainState
 
@@ -28,56 +29,78 @@ def make_train_step(
     remat: str = "none",
     distill_weight: float = 0.0,
     reverse_kl: bool = False,
+    balance_weight: float = 0.0,
 ) -> TrainStep:
     """(state, batch, teacher or None) -> (state, metrics); the state given in is donated.
 
     `template` gives the model's structure, quantisation grids included; its arrays may be abstract. The batch is cut
     into `grad_accum` micro-batches whose gradient sums add up in float32; the loss is the mean over all trained
     tokens of the whole batch. Metrics, float32 scalars: loss, ce, kl, accuracy, tokens (trained), slots (real tokens),
-    grad_norm (before clipping).
+    grad_norm (before clipping); of a mixture of experts balance, max_load and unused (`model.moe`) too.
     """
+    if balance_weight and not template.cfg.num_experts:
+        raise UserError(f"train.balance_weight={balance_weight} balances experts, but the model has none; set it to 0.")
 
     def micro_batch(params, frozen, batch: Batch, teacher: Transformer | None):
         def loss(params):
             model = with_arrays(template, {**params, **frozen})
             weight = distill_weight if teacher is not None else 0.0
-            return loss_sum(model, batch, teacher=teacher, distill_weight=weight, reverse_kl=reverse_kl, remat=remat)
+            return loss_sum(
+                model,
+                batch,
+                teacher=teacher,
+                distill_weight=weight,
+                reverse_kl=reverse_kl,
+                remat=remat,
+                balance_weight=balance_weight,
+            )
 
         (total, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
         sums = {**sums, "loss_sum": total, "tokens": jnp.sum(batch["loss_weights"])}
         return {**sums, "slots": jnp.sum(batch["positions"] >= 0, dtype=jnp.float32)}, grads
 
+    dims = {name: variable.dims for name, variable in variables(template).items()}
+
+    def resting(grads):
+        """Gradients cut as their parameters rest."""
+        return {name: rest(gradient, dims[name]) for name, gradient in grads.items()}
+
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, teacher: Transformer | None):
         def one(micro):
-            return micro_batch(state.params, state.frozen, micro, teacher)
+            sums, grads = micro_batch(state.params, state.frozen, micro, teacher)
+            return sums, resting(grads)
 
-        sums, grads = one(batch) if grad_accum == 1 else _accumulate(one, batch, grad_accum)
+        sums, grads = one(batch) if grad_accum == 1 else _accumulate(one, resting, batch, grad_accum)
         # A batch without a trained token has gradient 0 / 1, not 0 / 0.
         scale = 1.0 / jnp.maximum(sums["tokens"], 1e-9)
         grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, state.params)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to the power of the int32 step
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = cast(dict[str, jax.Array], optax.apply_updates(state.params, updates))
-        metrics = {name: sums[f"{key}_sum"] * scale for name, key in _MEANS.items()}
+        metrics = {name: sums[key] * scale for name, key in _MEANS.items() if key in sums}
         metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return step
 
 
-_MEANS = {"loss": "loss", "ce": "ce", "kl": "kl", "accuracy": "correct"}
+_MEANS = {"accuracy": "correct_sum"} | {
+    name: f"{name}_sum" for name in ("loss", "ce", "kl", "balance", "max_load", "unused")
+}
 
 
-def _accumulate(one: Callable[[Batch], Any], batch: Batch, count: int) -> Any:
+def _accumulate(one: Callable[[Batch], Any], resting: Callable, batch: Batch, count: int) -> Any:
     """Sums of `one` over `count` equal parts of the batch, one at a time, in float32."""
     rows = batch["tokens"].shape[0]
     if rows % count:
         raise UserError(f"train.grad_accum={count} does not divide data.batch_size={rows}; choose one that does.")
     # Row i goes to part i % count, so that on a mesh every part spreads over all devices.
     parts = {name: jnp.moveaxis(x.reshape(rows // count, count, -1), 1, 0) for name, x in batch.items()}
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(one, first))
+    parts = {name: constrain(x, None, "batch", "length") for name, x in parts.items()}
+    shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    sums, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    zeros = sums, resting(grads)
 
     def add(total, part):
         return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, one(part)), None

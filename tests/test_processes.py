@@ -1,0 +1,99 @@
+"""Two processes as one run: the losses of one process, and checkpoints that either can go on from."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+SIZES = {
+    "num_hidden_layers": 10,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "sliding_window": 16,
+    "max_position_embeddings": 256,
+}
+OPTIONS = [
+    "--config=configs/tiny_sft.py",
+    "--config.data.batch_size=2",
+    "--config.eval_data.batch_size=2",
+    "--config.train.eval_batches=2",
+    "--config.train.log_every=1",
+    "--config.optim.warmup_steps=1",
+    "--config.train.steps=4",
+    "--config.train.save_every=2",
+    "--config.train.eval_every=4",
+    *(f"--config.model.overrides.{key}={value}" for key, value in SIZES.items()),
+]
+
+
+def start(workdir: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch.run", *OPTIONS, f"--config.workdir={workdir}", *options]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=PROJECT, env=env, text=True, stdout=pipe, stderr=pipe)
+
+
+def finish(*processes: subprocess.Popen) -> list[str]:
+    outputs = []
+    for process in processes:
+        out, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err
+        outputs.append(out)
+    return outputs
+
+
+def run_two(workdir: Path) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = [f"--config.processes.coordinator=localhost:{port}", "--config.processes.count=2"]
+    return finish(*(start(workdir, *options, f"--config.processes.index={index}") for index in range(2)))
+
+
+def values(workdir: Path, name: str) -> list[float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if name in row]
+
+
+def copied(source: Path, target: Path) -> Path:
+    """The run as it was after its first save."""
+    shutil.copytree(source, target)
+    shutil.rmtree(target / "checkpoints" / "4")
+    return target
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_and_go_on_from_each_others_checkpoints(tmp_path: Path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start(one))
+    first, second = run_two(two)
+    assert "mesh fsdp 2: 2 devices, 2 processes" in first
+    assert "step 4/4" in first
+    assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == [], "only process 0 speaks"
+    expected = values(one, "train/loss")
+    np.testing.assert_allclose(values(two, "train/loss"), expected, rtol=1e-5)
+    np.testing.assert_allclose(values(two, "eval/loss"), values(one, "eval/loss"), rtol=1e-5)
+
+    two_then_one, one_then_two = copied(two, tmp_path / "a"), copied(one, tmp_path / "b")
+    (out,) = finish(start(two_then_one))
+    assert "resumed after step 2 of 4" in out
+    assert "resumed after step 2 of 4" in run_two(one_then_two)[0]
+    for workdir in (two_then_one, one_then_two):
+        np.testing.assert_allclose(values(workdir, "train/loss"), expected, rtol=1e-5)
+
+
+def test_processes_that_do_not_meet_are_one_sentence(tmp_path: Path):
+    options = ["coordinator=localhost:1", "count=2"]
+    process = start(tmp_path, *(f"--config.processes.{option}" for option in options))
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "wants coordinator, count and index together, got only coordinator and count" in err
