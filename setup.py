@@ -30,6 +30,7 @@ EXTRAS = {
         "pytest>=9.0",  # the tests
         "pytest-xdist>=3.8",  # the tests on every core: compiling is most of their time
         "hypothesis>=6.150",  # generated inputs for parsers, packing and grids
+        "jax[tpu]>=0.10.2; sys_platform == 'linux'",  # the TPU compiler: steps are compiled for TPUs on every commit
         "jinja2>=3.1.6",  # renders the published chat template that chat.py is compared with
         "gguf>=0.19",  # ggml's own numpy quantiser, the twin of the q4_0 grid
         "ruff>=0.14",  # format and lint

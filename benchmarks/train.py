@@ -56,7 +56,12 @@ def compare(names: list[str], *, quick: bool, steps: int, peer: Path | None, sav
 
 
 def _measure(name: str, quick: bool, steps: int, sides: dict[str, tuple[str, str]]) -> dict[str, Answer]:
-    """A record for each side. The first step compiles and is compared, not timed with the others."""
+    """A record for each side. The first step compiles and is compared, not timed with the others.
+
+    Steps come in pairs, and the second is timed. While the other side works, a side's freed memory goes back to the
+    system, on a virtual machine to its host, and the next step fetches it again, page by page: that made a step of ours take 7 s
+    which takes 4 s in training, where steps follow each other (dense, 2 cores).
+    """
     variant, sizes = MODELS[name]
     cfg = ModelConfig.variant(variant, **sizes | (_QUICK if quick else {}))
     tokens = np.random.default_rng(0).integers(3, cfg.vocab_size, (2, 64 if quick else 512), np.int32)
@@ -73,6 +78,7 @@ def _measure(name: str, quick: bool, steps: int, sides: dict[str, tuple[str, str
             )
         for turn in range(steps):
             for by in list(sides)[:: 1 if turn % 2 else -1]:
+                step[by]()
                 answers[by].append(step[by]())
     return {by: {"model": name, "tokens": tokens.size, **_summary(found)} for by, found in answers.items()}
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.infer.generate import Sampler
@@ -75,11 +76,7 @@ def batch_of(vocabulary: int) -> dict[str, np.ndarray]:
     return dict(zip(names, (tokens, positions, segments, targets, trained.astype(np.float32)), strict=True))
 
 
-# Compiling is nearly all of this file's time, and without LLVM's optimisations takes a third of it (17 s, 7 s).
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-@functools.partial(jax.jit, static_argnames="distill", compiler_options=FAST_COMPILE)
+@functools.partial(quick.jit, static_argnames="distill")
 def losses(model: Transformer, teacher: Transformer | None, batch, *, distill: float):
     def loss(values):
         return loss_sum(with_arrays(model, values), batch, teacher=teacher, distill_weight=distill)[0]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
@@ -117,25 +118,26 @@ def test_packed_rows_equal_separate_rows_gradients_included(variant: str):
         real = jnp.where((positions >= 0)[:, :, None], out, 0.0)
         return jnp.sum(jnp.sin(real)), out
 
-    gradient = jax.jit(jax.value_and_grad(run, has_aux=True))
+    gradient = quick.jit(jax.value_and_grad(run, has_aux=True))
     (_, a), grad_a = gradient(model, *together)
     (_, b), grad_b = gradient(model, *apart)
     np.testing.assert_allclose(a[0], np.concatenate([b[0, :21], b[1]]), atol=2e-4, rtol=0)
-    assert_close_gradients(grad_a, grad_b, 2e-4)
+    assert_close_gradients(grad_a, grad_b, 1e-4)
 
 
 @functools.cache
 def gradient_with(variant: str, remat: str) -> Transformer:
     model = model_of(variant)
     tokens = tokens_of(model, 2, 40)
-    return jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(tokens, remat=remat)))))(model)
+    return quick.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(tokens, remat=remat)))))(model)
 
 
 @pytest.mark.parametrize(
-    ("variant", "remat"), [("tiny_e2b", "full"), ("tiny_e2b", "save_projections"), ("tiny_31b", "full")]
+    ("variant", "remat"),
+    [("tiny_e2b", "full"), ("tiny_31b", "save_projections"), ("tiny_31b", "save_attention"), ("tiny_31b", "offload")],
 )
 def test_remat_changes_no_gradient(variant: str, remat: str):
-    assert_close_gradients(gradient_with(variant, remat), gradient_with(variant, "none"), 1e-4)
+    assert_close_gradients(gradient_with(variant, remat), gradient_with(variant, "none"), 1e-5)
 
 
 def assert_close_gradients(ours: Transformer, theirs: Transformer, tolerance: float):
@@ -158,7 +160,7 @@ def test_producer_gets_the_gradient_of_every_consumer():
     model = model_of("tiny_e2b")
     tokens = tokens_of(model, 1, 40)
 
-    whole = jax.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(tokens)))))
+    whole = quick.jit(jax.grad(lambda m: jnp.sum(jnp.sin(m(tokens)))))
 
     def gradient(m):
         return arrays(whole(m))["own.sliding.attention.k.w"][-1, -1]

@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not here: pip install libtpu"),
 ]
-COMMON = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 2048, "sliding_window": 128, "num_attention_heads": 8}
+COMMON = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 2048, "sliding_window": 128}
 SMALL = {
     "e2b": {"num_hidden_layers": 10, "num_kv_shared_layers": 5, "hidden_size_per_layer_input": 64},
     "e4b": {"num_hidden_layers": 12, "num_kv_shared_layers": 6, "hidden_size_per_layer_input": 64},
@@ -19,11 +19,10 @@ SMALL = {
     "31b": {"num_hidden_layers": 6},
 }
 CASES = [
-    ("e2b", "sft", ["mesh.fsdp=4"]),
-    ("e4b", "qat", ["mesh.context=2"]),
+    ("e2b", "decode", ["mesh.tensor=4"]),
+    ("e4b", "prefill", ["mesh.context=4"]),
     ("26b_a4b", "sft", ["mesh.expert=4"]),
-    ("31b", "prefill", ["mesh.context=4"]),
-    ("31b", "decode", []),
+    ("31b", "sft", ["mesh.fsdp=2", "mesh.context=2"]),
 ]
 
 

@@ -173,6 +173,7 @@ COMMANDS = {
     "qat.py:31b,int4_sym7_g32": GIVEN,
     "sample.py": ["--config.model.path=ckpt", "--config.prompts.text=hello, you"],
     "eval.py": GIVEN,
+    "plan.py:31b": [],
     "gsm8k.py:tiny_e2b": [],
     "gsm8k.py:tiny_26b_a4b": [],
 }

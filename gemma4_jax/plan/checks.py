@@ -27,8 +27,9 @@ def faults(module: Module, job: Job) -> list[str]:
     found = []
     if job.program != "decode":
         queries = job.length // job.devices("context")
-        # Where a sequence is as long as activations are wide, tokens x width looks like the scores of one head: not of two.
-        least = 2 * queries * job.length if job.length in job.widths else 0
+        # Where activations are as wide as a sequence is long, tokens x width looks like the scores of one head: not of two.
+        alike = any(width % queries == 0 or width == job.length for width in job.widths)
+        least = 2 * queries * job.length if alike else 0
         pairs = [each for each in scores(module, queries, job.length) if each.shape.size >= least]
         found += [f"scores of all pairs: {each}" for each in pairs]
     if job.trains:

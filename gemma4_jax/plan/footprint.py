@@ -36,6 +36,8 @@ CONSTANTS = Constants()
 SAVED = {
     "none": ("residual", "queries", "keys", "ffw"),
     "full": (),
+    "offload": (),
+    "save_attention": ("queries",),
     "save_projections": ("queries", "keys", "ffw"),
 }
 """remat policy -> what it keeps of each layer beside the layer's input."""
@@ -71,7 +73,7 @@ def _training(job: Job, c: Constants) -> list[dict[str, float]]:
     """The moments that can be worst: the loss, the backward pass of each kind of layer, and that of the lookup."""
     hidden = job.tokens * job.cfg.hidden_size * job.compute_bytes
     table = job.vocabulary * job.cfg.hidden_size
-    kept = {"layer inputs": float(job.cfg.num_hidden_layers * hidden)}
+    kept = {"layer inputs": 0.0 if job.remat == "offload" else float(job.cfg.num_hidden_layers * hidden)}
     kept["saved of layers"] = float(sum(n * _saved(job, c, stack, kind) for stack, kind, n in job.layer_kinds))
     if job.per_layer_width:
         kept["per-layer inputs"] = 2.0 * job.tokens * job.per_layer_width * job.compute_bytes
@@ -159,7 +161,7 @@ def _saved(job: Job, c: Constants, stack: Stack, kind: LayerKind) -> float:
         raise ValueError(f"remat is one of {', '.join(SAVED)}, got {job.remat!r}")
     of = {
         "residual": c.residual * job.tokens * job.cfg.hidden_size * job.compute_bytes,
-        "queries": (1 if job.remat == "save_projections" else 3) * _queries(job, kind),
+        "queries": (3 if job.remat == "none" else 1) * _queries(job, kind),
         "keys": _keys(job, kind) * stack.owns_kv,
         "ffw": (2 if job.remat == "save_projections" else 3) * job.tokens * job.ffw(stack) * job.compute_bytes,
     }

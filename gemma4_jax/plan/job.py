@@ -49,7 +49,8 @@ class Job:
         """How wide the activations of one token are on a device."""
         cfg = self.cfg
         heads = {self.heads * cfg.head_size(kind) for kind in KINDS}
-        return heads | {self.ffw(stack) for stack in cfg.stacks} | {cfg.hidden_size, cfg.head_dim, cfg.global_head_dim}
+        rest = {cfg.hidden_size, cfg.head_dim, cfg.global_head_dim, self.per_layer_width} - {0}
+        return heads | {self.ffw(stack) for stack in cfg.stacks} | rest
 
     @functools.cached_property
     def shares(self) -> tuple[Share, ...]:

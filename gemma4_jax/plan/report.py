@@ -79,7 +79,7 @@ def work(totals: Totals, result: Roofline) -> str:
     ]
     shown = table(("work of a device and step", "amount"), rows)
     if totals.unknown_loops:
-        shown += f"\nloops that end by data, counted as one run each: {', '.join(totals.unknown_loops)}"
+        shown += f"\n{len(totals.unknown_loops)} loops end by data and count as one run each (the exchange of embedding rows)"
     return shown
 
 

@@ -33,8 +33,11 @@ class Visits:
 
 VISITS = Visits()
 
-PASSES = {"none": 0, "save_projections": 0, "full": 1}
-"""remat policy -> how often weight products run again. Attention runs again under all but none."""
+PASSES = {"none": 0, "save_projections": 0, "save_attention": 1, "full": 1, "offload": 1}
+"""remat policy -> how often weight products run again."""
+
+ATTENTION_KEPT = ("none", "save_attention")
+"""Policies under which attention does not run again."""
 
 ATTENTION_BACKWARD = 3.5
 """Of a forward pass: splash makes q k, do v and one product for dq, then four for dk and dv; 7 products to 2."""
@@ -80,6 +83,9 @@ def workload(job: Job, visits: Visits = VISITS) -> Totals:
     total = work.totals(job.grad_accum)
     if job.trains:
         total.hbm_bytes += _update_bytes(job)
+    if job.trains and job.remat == "offload":  # each layer's input out and in
+        inputs = job.cfg.num_hidden_layers * job.tokens * job.cfg.hidden_size * job.compute_bytes
+        total.host_bytes += 2.0 * inputs * job.grad_accum
     if job.program == "decode":
         total.hbm_bytes += _decoded_bytes(job)
     return total
@@ -125,7 +131,7 @@ def _weights(work: _Work, stack: Stack, kind: LayerKind, layers: int) -> None:
         "down",
     ):  # rows of these weights are cut over tensor, so that outputs and input gradients are sums
         hidden = float(job.tokens * job.cfg.hidden_size * job.compute_bytes)
-        works = 3.0 if job.trains and job.remat == "full" else 2.0 if job.trains else 1.0
+        works = 2.0 + PASSES[job.remat] if job.trains else 1.0
         work.send(
             "all-reduce", ("tensor",), hidden, layers * works * (2 if what == "down" and job.cfg.num_experts else 1)
         )
@@ -150,11 +156,11 @@ def _attention(work: _Work, stack: Stack, kind: LayerKind, layers: int) -> None:
     if window is None and context > 1 and job.length < BALANCE_FROM:
         pairs *= 2 - 1 / context  # the last device does the most
     forward = 4.0 * pairs * head
-    passes = (1 + (job.remat != "none") + ATTENTION_BACKWARD) if job.trains else 1.0
+    passes = (1 + (job.remat not in ATTENTION_KEPT) + ATTENTION_BACKWARD) if job.trains else 1.0
     work.flops += layers * forward * passes
     # Each block of queries reads the keys and values it visits again; dq as well, dk and dv the queries and cotangents.
     again = pairs / block_q * 2 * head * job.compute_bytes
-    work.bytes += layers * again * ((1 + (job.remat != "none") + 2) if job.trains else 1.0)
+    work.bytes += layers * again * ((1 + (job.remat not in ATTENTION_KEPT) + 2) if job.trains else 1.0)
     if context == 1:
         return
     kv = 2.0 * job.local_rows * job.kv_heads(kind) * head * job.compute_bytes  # of one token
@@ -206,7 +212,7 @@ def _experts(work: _Work, visits: Visits, layers: int) -> None:
     )
     hidden = float(job.tokens * cfg.hidden_size * job.compute_bytes)
     ranks, axes = job.devices("expert"), ("expert",)
-    forward = 2.0 if job.trains and job.remat == "full" else 1.0
+    forward = 1.0 + PASSES[job.remat] if job.trains else 1.0
     if route == "gather":
         work.send("all-gather", axes, hidden * ranks, layers * (forward + 2 * job.trains))
         work.send("reduce-scatter", axes, hidden * ranks, layers * (forward + job.trains))
