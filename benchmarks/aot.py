@@ -122,7 +122,7 @@ def compiled(row: Row, timeout: int) -> dict:
         command = [sys.executable, *row.command.split()[1:], f"--config.plan.output={output}"]
         env = {**os.environ, "JAX_PLATFORMS": "cpu"}
         try:
-            done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)
+            done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=timeout)  # noqa: S603
         except subprocess.TimeoutExpired:
             return {"error": f"not finished after {timeout} s"}
         numbers = json.loads(output.read_text()) if output.exists() else {}
@@ -132,11 +132,25 @@ def compiled(row: Row, timeout: int) -> dict:
 
 def markdown(found: dict[str, dict]) -> str:
     """The table, with the command of every row under it."""
-    head = ("job", "devices", "mesh", "GiB", "estimate", "of MaxText", "kernels", "model / executed", "bound", "MFU at most", "s")
+    head = (
+        "job",
+        "devices",
+        "mesh",
+        "GiB",
+        "estimate",
+        "of MaxText",
+        "kernels",
+        "model / executed",
+        "bound",
+        "MFU at most",
+        "s",
+    )
     lines = [
         "# Compiled for devices that are not here",
         "",
-        "`python -m benchmarks.aot` compiles every row with the compiler of its devices (" + _versions() + "); see the commands below.",
+        "`python -m benchmarks.aot` compiles every row with the compiler of its devices ("
+        + _versions()
+        + "); see the commands below.",
         "bfloat16 compute, float32 weights and Adam unless the command says otherwise; GiB are the compiler's peak for one JAX",
         "device, `estimate` is `plan.mode=estimate`'s. `of MaxText` is that peak over MaxText 0.2.5's for the same model, chips,",
         "sequence and batch (jax 0.12.0.1, libtpu 0.0.50.1, v6e 4x4, its defaults, fsdp 16). `bound` is what the roofline says",

@@ -44,7 +44,8 @@ def training_axes(cfg: ModelConfig, config: MeshConfig, devices: int, rows: int,
         open_ //= sizes["context"]
     if sizes["expert"] is None:
         tokens = rows * length * sizes["tensor"] // devices
-        sizes["expert"] = _experts(cfg, open_ if sizes["fsdp"] is None else open_ // sizes["fsdp"], tokens)
+        fixed = sizes["fsdp"] is not None
+        sizes["expert"] = math.gcd(open_, cfg.num_experts or 1) if fixed else _experts(cfg, open_, tokens)
         open_ //= sizes["expert"]
     if sizes["fsdp"] is None:
         sizes["fsdp"] = open_

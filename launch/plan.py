@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from gemma4_jax.chips import Topology, topology
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.kernels.cross_entropy import loss_chunks
 from gemma4_jax.mesh_choice import decoding_axes, training_axes
+from gemma4_jax.model.transformer import abstract as abstract_parameters
 from gemma4_jax.plan import absent, checks, costs, hlo, report
 from gemma4_jax.plan.estimate import alternatives, estimate, sweep
 from gemma4_jax.plan.footprint import footprint
@@ -41,6 +42,9 @@ def run_plan(run: PlanRun, write: Write = print) -> None:
     if run.plan.batch_size % run.plan.grad_accum:
         raise UserError(f"plan.grad_accum={run.plan.grad_accum} does not divide plan.batch_size={run.plan.batch_size}.")
     job = _job(run, cfg, where)
+    if run.plan.parameters:
+        axes = AbstractMesh(job.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        write(report.parameters(abstract_parameters(cfg, run.model.param_dtype), axes))
     if run.plan.mode == "estimate":
         _estimate(run, job, where, write)
     else:

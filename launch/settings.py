@@ -173,6 +173,7 @@ class PlanConfig:
     grad_accum: int = option(1, "as train.grad_accum, for sft and qat")
     first_moment: Literal["float32", "bfloat16"] = option("float32", "as optim.first_moment, for sft and qat")
     headroom: float = option(0.0, "share of the memory to leave free")
+    parameters: bool = option(False, "list every parameter: how it is cut, and its bytes on a device")
     output: str | None = option(None, "JSON file for the numbers")
     hlo: str | None = option(None, "file for the text of the compiled program")
 

@@ -20,6 +20,7 @@ from gemma4_jax.infer.prompts import conversation
 from gemma4_jax.mesh_choice import training_mesh
 from gemma4_jax.model.parameters import in_compute_dtype
 from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.plan import report
 from gemma4_jax.processor import Processor
 from gemma4_jax.quant import policy
 from gemma4_jax.sharding import batch_share, check_batch, shape_of
@@ -92,6 +93,8 @@ def _train(
     )
 
     workdir = None if run.workdir is None else Path(run.workdir)
+    if mesh is not None and workdir is not None and jax.process_index() == 0:
+        (workdir / "parameters.txt").write_text(report.parameters(template, mesh) + "\n")
     store = None
     if workdir is not None:
         best = "loss" if run.train.keep_best else None

@@ -9,7 +9,9 @@ from launch.run import main
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not here: pip install libtpu"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not here: pip install libtpu"
+    ),
 ]
 COMMON = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 2048, "sliding_window": 128}
 SMALL = {

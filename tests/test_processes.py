@@ -13,16 +13,15 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parent.parent
 SIZES = {
-    "num_hidden_layers": 10,
+    "num_hidden_layers": 6,
+    "hidden_size_per_layer_input": 0,
     "hidden_size": 64,
     "intermediate_size": 64,
-    "head_dim": 16,
-    "global_head_dim": 32,
     "sliding_window": 16,
-    "max_position_embeddings": 256,
 }
 OPTIONS = [
     "--config=configs/tiny_sft.py",
+    "--config.model.variant=tiny_31b",
     "--config.data.batch_size=2",
     "--config.eval_data.batch_size=2",
     "--config.train.eval_batches=2",

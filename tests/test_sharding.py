@@ -65,6 +65,13 @@ def test_the_experts_of_26b_travel_where_batches_are_large_and_tokens_where_smal
     assert training_axes(cfg, MeshConfig(), 64, 2048, 4096)["expert"] == 1
 
 
+def test_what_the_config_fixes_stays_and_the_rest_is_filled_in():
+    cfg = ModelConfig.variant("26b_a4b")
+    assert training_axes(cfg, MeshConfig(fsdp=16), 16, 16, 4096)["fsdp"] == 16
+    assert training_axes(cfg, MeshConfig(fsdp=4), 16, 16, 4096)["expert"] == 4
+    assert training_axes(ModelConfig.variant("31b"), MeshConfig(context=2), 16, 16, 4096)["fsdp"] == 8
+
+
 def test_a_vocabulary_is_cut_by_rows_and_no_table_is_cut_otherwise():
     mesh = mesh_of({"fsdp": 4, "context": 2, "tensor": 2})
     for table in ("embed.w", "per_layer.table.w"):

@@ -19,8 +19,8 @@ AXIS = "expert"
 ROOM = 1.25
 """Rows in a block per row of an even share. Loads are uneven, but that of a device, the sum of several experts', less so."""
 
-LARGEST_BLOCK = 8192
-"""Rows. A block of 26B-A4B with its inner activations and their gradients takes 30 kB a row: 0.25 GiB."""
+LARGEST_BLOCK = 4096
+"""Rows. A block of 26B-A4B with its inner activations and their gradients takes 30 kB a row: 0.12 GiB."""
 
 SMALLEST_BLOCK = 1024
 """Rows; if the worst case is no more than this, there is one block and no loop."""

@@ -1,11 +1,17 @@
 """What a plan prints: tables of memory, work, network and kernels of one device, and the roofline."""
 
+import math
 from collections.abc import Mapping, Sequence
 
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
 from gemma4_jax.chips import Chip, GiB, Topology
+from gemma4_jax.model.parameters import variables
+from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.plan.costs import Totals
 from gemma4_jax.plan.estimate import Estimate
 from gemma4_jax.plan.roofline import Roofline
+from gemma4_jax.sharding import size_of, stored_spec, use_spec
 from gemma4_jax.tables import percent, table
 
 
@@ -118,6 +124,31 @@ def compiled(parts: Mapping[str, float], totals: Totals, result: Roofline, topol
             roofline(result, topology),
         )
     )
+
+
+def parameters(model: Transformer, mesh: Mesh | AbstractMesh) -> str:
+    """Every parameter of a model (arrays or shapes): how it is cut at rest and in use, and its bytes on a device at rest."""
+    rows, total = [], 0
+    for name, variable in variables(model).items():
+        shape, dims = variable.shape, variable.dims
+        resting = stored_spec(mesh, dims, shape)
+        cut = size_of(mesh, [axis for entry in resting for axis in _axes(entry)])
+        size = math.prod(shape) * variable.dtype.itemsize // cut
+        total += size
+        cuts = (_cut(dims, resting), _cut(dims, use_spec(mesh, dims, shape)))
+        rows.append((name, " x ".join(map(str, shape)) or "scalar", *cuts, f"{size / 2**20:,.2f}"))
+    rows.append(("all", "", "", "", f"{total / 2**20:,.2f}"))
+    return table(("parameter", "shape", "at rest", "in use", "MiB a device"), rows)
+
+
+def _cut(dims: Sequence[str], spec: PartitionSpec) -> str:
+    """`embed over fsdp, q_heads over tensor`; `whole`."""
+    named = [f"{name} over {' '.join(_axes(entry))}" for name, entry in zip(dims, spec, strict=True) if entry]
+    return ", ".join(named) or "whole"
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def estimated(found: Estimate, topology: Topology) -> str:

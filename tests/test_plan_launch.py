@@ -1,0 +1,58 @@
+"""`task=plan` from the command line: estimates, what does not fit, and what is refused before anything is traced."""
+
+import importlib.util
+import json
+
+import pytest
+
+from launch.run import main
+
+PLAN = ["--config=configs/plan.py:31b", "--config.plan.mode=estimate"]
+
+
+def test_an_estimate_prints_memory_the_roofline_and_a_ranking(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    options = ["--config.plan.topology=v6e:8x8", "--config.plan.batch_size=64", "--config.plan.seq_len=8192"]
+    assert main([*PLAN, *options, f"--config.plan.output={path}", "--config.plan.parameters=true"]) == 0
+    out = capsys.readouterr().out
+    assert "head-room" in out
+    assert "MFU at most" in out
+    assert "meshes and batches that fit, best first" in out
+    assert "vocab over fsdp" in out
+    found = json.loads(path.read_text())
+    assert 10 * 2**30 < found["total"] == sum(found["memory"].values()) < 31.25 * 2**30
+
+
+def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
+    options = ["--config.plan.topology=v5e:4x4", "--config.plan.batch_size=16", "--config.plan.seq_len=8192"]
+    assert main([*PLAN, *options]) == 1
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1
+    assert "GiB a device and v5e:4x4 has 15.75; estimated to fit: " in error
+    assert "plan.topology=v5e:" in error
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "sentence"),
+    [
+        (["plan.topology=v6e:3x3"], 2, "v6e has no topology '3x3'; did you mean"),
+        (["plan.topology=v9:2x2"], 2, "Unknown topology 'v9:2x2'; it is a chip and a shape"),
+        (["plan.batch_size=15", "plan.grad_accum=2"], 1, "plan.grad_accum=2 does not divide plan.batch_size=15"),
+        (["mesh.fsdp=5"], 1, "config.mesh fixes fsdp 5 = 5, which does not divide the 16 devices"),
+        (["mesh.fsdp=8", "mesh.data=1", "mesh.context=1"], 1, "multiplies to 8, but v6e:4x4 has 16 devices"),
+        (["plan.headroom=1.5"], 2, "plan.headroom is a share from 0 up to 1, got 1.5"),
+        (["plan.topology=v4:2x2x2", "plan.mode=compile"], 1, "set plan.mode=estimate"),
+    ],
+)
+def test_bad_plans_are_one_sentence(capsys, options, code, sentence):
+    assert main([*PLAN, *(f"--config.{option}" for option in options)]) == code
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_missing_compiler_is_one_sentence(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name, *rest))
+    assert main(["--config=configs/plan.py:31b"]) == 1
+    assert "needs its compiler, libtpu, which is not installed: run pip install 'jax[tpu]==" in capsys.readouterr().err
