@@ -4,8 +4,10 @@ Set as environment variables before anything imports jax, so that the subprocess
 errors through pyproject.toml.
 """
 
+import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,22 @@ def pytest_configure(config: pytest.Config) -> None:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
+
+
+@pytest.fixture(autouse=True)
+def _fewer_programs() -> Iterator[None]:
+    """Lets go of compiled programs when there are many.
+
+    A program for 8 devices takes about 2,000 memory mappings, and a process may have 65,530 (vm.max_map_count): at the
+    next one XLA's compiler dies of a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
