@@ -15,6 +15,7 @@ from gemma4_jax.chips import Topology, topology
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.kernels.cross_entropy import loss_chunks
+from gemma4_jax.kernels.expert_routes import block_rows
 from gemma4_jax.mesh_choice import decoding_axes, training_axes
 from gemma4_jax.model.transformer import abstract as abstract_parameters
 from gemma4_jax.plan import absent, checks, costs, hlo, report
@@ -136,13 +137,18 @@ def _tokens(job: Job) -> int:
 
 def _trips(job: Job, mesh: Mesh) -> dict[str, int]:
     """How often the loops run that end by data: every token trained, experts evenly loaded."""
+    rows = job.tokens * job.cfg.top_k_experts
+    blocks = -(-rows // block_rows(rows, rows * job.devices("expert"))) if job.devices("expert") > 1 else 1
     with jax.set_mesh(mesh):
-        return {"loss": loss_chunks((job.rows // job.grad_accum, job.length), job.cfg.vocab_size)}
+        return {"loss": loss_chunks((job.rows // job.grad_accum, job.length), job.cfg.vocab_size), "experts": blocks}
 
 
 def _memory(job: Job, analysis: Any) -> dict[str, float]:
     """Bytes of a device by what they are for. Arguments are known exactly; the rest is what the compiler adds at its peak."""
     parts = {name: size for name, size in footprint(job).items() if name in ARGUMENTS}
+    # The footprint counts whole tiles where the compiler may choose a layout without padding.
+    scale = min(1.0, analysis.argument_size_in_bytes / sum(parts.values()))
+    parts = {name: scale * size for name, size in parts.items()}
     parts["other arguments"] = analysis.argument_size_in_bytes - sum(parts.values())
     working = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes
     if job.trains:

@@ -53,6 +53,8 @@ def test_bad_plans_are_one_sentence(capsys, options, code, sentence):
 
 def test_a_missing_compiler_is_one_sentence(capsys, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name, *rest)
+    )
     assert main(["--config=configs/plan.py:31b"]) == 1
     assert "needs its compiler, libtpu, which is not installed: run pip install 'jax[tpu]==" in capsys.readouterr().err

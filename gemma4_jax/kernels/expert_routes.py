@@ -19,8 +19,8 @@ AXIS = "expert"
 ROOM = 1.25
 """Rows in a block per row of an even share. Loads are uneven, but that of a device, the sum of several experts', less so."""
 
-LARGEST_BLOCK = 4096
-"""Rows. A block of 26B-A4B with its inner activations and their gradients takes 30 kB a row: 0.12 GiB."""
+LARGEST_BLOCK = 8192
+"""Rows. A block of 26B-A4B with its inner activations and their gradients takes 30 kB a row: 0.25 GiB."""
 
 SMALLEST_BLOCK = 1024
 """Rows; if the worst case is no more than this, there is one block and no loop."""
@@ -157,7 +157,7 @@ def gather_forward(tokens: Tokens, matrices: Matrices, ranks: int, replicated: b
         done, _ = block_forward(all_of.x[token], sizes, matrices)
         return sum_rows(done, jnp.where(real, token, places), weight, out, number > 0)
 
-    out = jax.lax.fori_loop(0, blocks, step, _empty_like(all_of.x))
+    out = jax.lax.fori_loop(0, blocks, step, _empty_like(all_of.x, all_of.x))
     return _sum_and_split(out, replicated)
 
 
@@ -178,7 +178,7 @@ def gather_backward(tokens: Tokens, matrices: Matrices, ranks: int, replicated: 
         return sum_rows(d_rows, place, None, d_x, keep), d_weights, *d_matrices
 
     like = all_of.x, jax.ShapeDtypeStruct((places, k), jnp.float32), *matrices[:2]
-    d_x, d_weights, d_in, d_w_out = jax.lax.fori_loop(0, blocks, step, tuple(map(_empty_like, like)))
+    d_x, d_weights, d_in, d_w_out = jax.lax.fori_loop(0, blocks, step, tuple(_empty_like(x, d_out) for x in like))
     return _sum_and_split(d_x, replicated), _sum_and_split(d_weights, replicated), d_in, d_w_out
 
 
@@ -186,7 +186,7 @@ def _blocks(all_of: Gathered, ranks: int, matrices: Matrices) -> tuple[int, jax.
     """Rows per block and number of blocks."""
     k, experts = all_of.top_k, matrices.w_in.shape[0]
     most = all_of.x.shape[0] * min(k, experts)
-    rows = _room(all_of.slots.shape[0] // ranks, most)
+    rows = block_rows(all_of.slots.shape[0] // ranks, most)
     if rows == most:
         return rows, 1
     # At least one: the first block is what writes the zeros of a device without rows.
@@ -250,7 +250,7 @@ def exchange(tokens: Tokens, experts: int, ranks: int) -> Exchange:
     ends = jnp.cumsum(per_device, dtype=jnp.int32)
     sent = jax.lax.dynamic_slice_in_dim(_all_gather(counts[None]), here, experts, 1)
     most = count * min(k, experts)
-    rows = _room(count * k // ranks, most)
+    rows = block_rows(count * k // ranks, most)
     # Every device takes part in every exchange, so all agree on their number; at least one, as it writes the zeros.
     rounds = 1 if rows == most else jnp.maximum(1, jax.lax.pmax(jnp.max(-(-per_device // rows)), AXES))
     return Exchange(order, places, ends - per_device, ends, sent, rows, rounds)
@@ -288,7 +288,7 @@ def exchange_backward(tokens: Tokens, matrices: Matrices, ranks: int, d_out_MD: 
         return d_x, d_weights + jnp.where(here, d_weight, 0.0), *d_matrices
 
     zeros = jnp.zeros_like(tokens.x), jnp.zeros_like(tokens.weights)
-    return jax.lax.fori_loop(0, plan.rounds, step, (*zeros, *map(_empty_like, matrices[:2])))
+    return jax.lax.fori_loop(0, plan.rounds, step, (*zeros, *(_empty_like(x, tokens.x) for x in matrices[:2])))
 
 
 # Shared by the routes.
@@ -341,16 +341,19 @@ def _weighted_sum(rows_MkD: jax.Array, weights_Mk: jax.Array) -> jax.Array:
     return jnp.sum(rows_MkD * weights_Mk.astype(rows_MkD.dtype)[:, :, None], axis=1)
 
 
-def _room(even_share: int, most: int) -> int:
+def block_rows(even_share: int, most: int) -> int:
     """Rows per block: an even share and some room, or an even part of that, in whole tiles of 128."""
     rows = int(even_share * ROOM)
     parts = -(-rows // LARGEST_BLOCK)
     return min(most, max(SMALLEST_BLOCK, -(-rows // (parts * 128)) * 128))
 
 
-def _empty_like(x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-    """Memory to write to; zeros would be written, read and added for nothing (v6e: as long as half the block)."""
-    return jax.lax.empty(x.shape, x.dtype)
+def _empty_like(x: jax.Array | jax.ShapeDtypeStruct, after: jax.Array) -> jax.Array:
+    """Memory to write to; zeros would be written, read and added for nothing (v6e: as long as half the block).
+
+    Made when `after` is there: XLA would take it out of the loop over layers, keep it, and copy it in every layer.
+    """
+    return jax.lax.optimization_barrier((jax.lax.empty(x.shape, x.dtype), after))[0]
 
 
 def _all_gather(x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ are what a chip sends and receives for its tokens, in five collectives, the rest
     expert 16:         gather 3.5 GB, 4.60 GiB;                exchange 2.2 GB, 1.44 GiB
 
 Nothing is dropped and nothing grows with the load: a device works through the rows of its experts in blocks of a fixed
-size, with room for a quarter more than an even share, in parts of at most 4,096 rows. With all
+size, with room for a quarter more than an even share, in parts of at most 8,192 rows. With all
 experts on every device, the M * top_k rows are one static block, whose inner activations are kept for the
 derivative; the blocks of the other two ways are computed again.
 """

@@ -23,6 +23,9 @@ def gathered(module: M, dtype: jax.typing.DTypeLike) -> M:
     """
     if current_mesh() is None:
         return module
+    # Without the barrier XLA casts the whole stack of layers before the loop, and keeps that copy (two of them with the
+    # backward pass: 0.9 GiB of 7.6 for six layers of 26B-A4B on 16 devices).
+    module = jax.lax.optimization_barrier(module)
 
     def ready(node):
         if isinstance(node, Weight):
