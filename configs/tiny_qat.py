@@ -23,7 +23,7 @@ def get_config():
     config.eval_data = {**config.data, "paths": str(assets.HELDOUT), "epochs": 1}
     config.optim.learning_rate = 2e-4
     config.optim.warmup_steps = 5
-    config.train.steps = 80
+    config.train.steps = 100
     config.train.log_every = 20
     config.quant.grid = "q4_0"
     config.quant.distill_weight = 0.5

@@ -25,7 +25,7 @@ def get_config():
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 40
     config.train.log_every = 40
-    config.train.steps = 400
-    config.train.eval_every = 200
-    config.train.save_every = 200
+    config.train.steps = 480
+    config.train.eval_every = 240
+    config.train.save_every = 240
     return config
