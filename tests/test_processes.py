@@ -27,6 +27,7 @@ OPTIONS = [
     "--config.train.eval_batches=2",
     "--config.train.log_every=1",
     "--config.optim.warmup_steps=1",
+    "--config.optim.learning_rate=1e-4",  # Adam turns the rounding of a tiny gradient into a whole step: keep steps small
     "--config.train.steps=4",
     "--config.train.save_every=2",
     "--config.train.eval_every=4",

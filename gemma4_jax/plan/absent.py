@@ -49,6 +49,9 @@ def prepare() -> None:
     name, and no GPU kernel is timed.
     """
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # programs of absent devices are written but cannot be read
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

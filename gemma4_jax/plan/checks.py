@@ -27,16 +27,19 @@ def faults(module: Module, job: Job) -> list[str]:
     found = []
     if job.program != "decode":
         queries = job.length // job.devices("context")
-        # Where activations are as wide as a sequence is long, tokens x width looks like the scores of one head: not of two.
-        alike = any(width % queries == 0 or width == job.length for width in job.widths)
-        least = 2 * queries * job.length if alike else 0
-        pairs = [each for each in scores(module, queries, job.length) if each.shape.size >= least]
+        pairs = [each for each in scores(module, queries, job.length) if not _is_activation(each.shape, job)]
         found += [f"scores of all pairs: {each}" for each in pairs]
     if job.trains:
         found += [f"logits of all tokens: {each}" for each in logits(module, job.tokens, job.cfg.vocab_size)]
     if job.devices() > 1:
         found += [f"a gathered table: {each.name}" for each in gathered(module, job.cfg.vocab_size)]
     return found
+
+
+def _is_activation(shape: Shape, job: Job) -> bool:
+    """Tokens x width, where a width looks like a number of queries."""
+    dims = [size for size in shape.dims if size > 1]
+    return len(dims) == 2 and any(sorted(dims) == sorted((job.length, width)) for width in job.widths)
 
 
 def buffers(module: Module) -> list[Buffer]:
