@@ -4,7 +4,6 @@ Set as environment variables before anything imports jax, so that the subprocess
 errors through pyproject.toml.
 """
 
-import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -48,7 +47,6 @@ def _fewer_programs() -> Iterator[None]:
         import jax
 
         jax.clear_caches()
-        gc.collect()
 
 
 @pytest.fixture(scope="session")
