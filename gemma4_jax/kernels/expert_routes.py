@@ -344,7 +344,7 @@ def _weighted_sum(rows_MkD: jax.Array, weights_Mk: jax.Array) -> jax.Array:
 def block_rows(even_share: int, most: int) -> int:
     """Rows per block: an even share and some room, or an even part of that, in whole tiles of 128."""
     rows = int(even_share * ROOM)
-    parts = -(-rows // LARGEST_BLOCK)
+    parts = max(1, -(-rows // LARGEST_BLOCK))  # a token of decoding has less than one row for each device
     return min(most, max(SMALLEST_BLOCK, -(-rows // (parts * 128)) * 128))
 
 
