@@ -8,7 +8,7 @@ import jax
 
 from gemma4_jax.config import KINDS, ModelConfig
 from gemma4_jax.errors import UserError
-from gemma4_jax.sharding import AXES, MeshConfig, check_batch, make_mesh
+from gemma4_jax.sharding import AXES, MeshConfig, check_batch, check_product, heads_divide, make_mesh
 
 LONGEST = 32_768
 """Tokens of one sequence on one device, above which `context` cuts it: a layer's activations of 31B are then 2 GiB."""
@@ -49,7 +49,7 @@ def training_axes(cfg: ModelConfig, config: MeshConfig, devices: int, rows: int,
         open_ //= sizes["expert"]
     if sizes["fsdp"] is None:
         sizes["fsdp"] = open_
-    return _checked(cfg, sizes)
+    return _checked(cfg, sizes, devices)
 
 
 def decoding_axes(cfg: ModelConfig, config: MeshConfig, devices: int) -> dict[str, int]:
@@ -63,36 +63,28 @@ def decoding_axes(cfg: ModelConfig, config: MeshConfig, devices: int) -> dict[st
     sizes["fsdp"] = sizes["fsdp"] or 1
     open_ = _open_devices(sizes, devices)
     if sizes["tensor"] is None:
-        sizes["tensor"] = max(t for t in _divisors(open_) if not head_conflict(cfg, t))
+        sizes["tensor"] = max(t for t in _divisors(open_) if _heads_divide(cfg, t))
         open_ //= sizes["tensor"]
     if sizes["expert"] is None:
         sizes["expert"] = math.gcd(open_, cfg.num_experts or 1)
         open_ //= sizes["expert"]
     if sizes["context"] is None:
         sizes["context"] = open_
-    return _checked(cfg, sizes)
+    return _checked(cfg, sizes, devices)
 
 
-def head_conflict(cfg: ModelConfig, tensor: int) -> str | None:
-    """Why `tensor` devices cannot share out the heads; None if they can.
-
-    Each takes as many query heads, and whole key/value heads or one that several devices hold.
-    """
-    if cfg.num_attention_heads % tensor:
-        return f"mesh.tensor={tensor} does not divide the {cfg.num_attention_heads} query heads"
-    for kind in KINDS:
-        heads = cfg.kv_heads(kind)
-        if heads % tensor and tensor % heads:
-            return f"mesh.tensor={tensor} neither divides nor is a multiple of the {heads} key/value heads of {kind} layers"
-    return None
+def _heads_divide(cfg: ModelConfig, tensor: int) -> bool:
+    return all(heads_divide(tensor, cfg.num_attention_heads, cfg.kv_heads(kind)) for kind in KINDS)
 
 
-def _checked(cfg: ModelConfig, sizes: dict[str, int | None]) -> dict[str, int]:
+def _checked(cfg: ModelConfig, sizes: dict[str, int | None], devices: int) -> dict[str, int]:
     full = {name: sizes[name] or 1 for name in AXES}
-    conflict = head_conflict(cfg, full["tensor"])
-    if conflict:
+    check_product(full, devices)
+    if not _heads_divide(cfg, full["tensor"]):
+        heads = " and ".join(f"{cfg.kv_heads(kind)} of {kind} layers" for kind in KINDS)
         raise UserError(
-            f"{conflict}; wanted one of {[t for t in range(1, full['tensor']) if not head_conflict(cfg, t)]}."
+            f"mesh.tensor={full['tensor']} cannot share out {cfg.num_attention_heads} query heads and the key/value heads, "
+            f"{heads}; wanted one of {[t for t in range(1, full['tensor']) if _heads_divide(cfg, t)]}."
         )
     if full["expert"] > 1 and (not cfg.num_experts or cfg.num_experts % full["expert"]):
         have = f"{cfg.num_experts} experts" if cfg.num_experts else "a model without experts"

@@ -5,6 +5,7 @@ A mesh always has the five axes of `AXES`, most of them of size 1. Model code na
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,8 +21,14 @@ from gemma4_jax.options import option
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 """Outermost first: neighbours on `tensor` are neighbours on the chips' network; `data` may cross slower ones."""
 
+STORED_OVER = ("fsdp", "expert", "context", "tensor")
+"""Axes that PARAMETERS leaves idle for a parameter cut it once more where it rests; it is gathered over them for use."""
+
+VOCABULARY = STORED_OVER
+"""The devices along these axes hold one table together: lookup and loss send tokens round them, never rows."""
+
 PARAMETERS: dict[str, tuple[str, ...]] = {
-    "vocab": ("fsdp", "expert", "context", "tensor"),
+    "vocab": VOCABULARY,
     "experts": ("expert",),
     "q_heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -29,9 +36,6 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
     "expert_ffw": ("tensor",),
 }
 """How a parameter is cut where it is used. Optimizer moments lie where their parameter lies."""
-
-STORED_OVER = ("fsdp", "expert", "context", "tensor")
-"""Axes that PARAMETERS leaves idle for a parameter cut it once more where it rests; it is gathered over them for use."""
 
 NEVER_CUT = ("blocks", "layers_in_block", "gate_up")
 """Dims that a loop or a reshape goes through."""
@@ -45,9 +49,6 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "ffw": ("tensor",),
 }
 """How activations and caches are cut; every other dim is whole on each device."""
-
-VOCABULARY = PARAMETERS["vocab"]
-"""The devices along these axes hold one table together: lookup and loss send tokens round them, never rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +85,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, sl
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = tuple(sizes.get(name, 1) for name in AXES)
-    if math.prod(shape) != len(devices):
-        listed = " x ".join(f"{name} {size}" for name, size in zip(AXES, shape, strict=True))
-        raise UserError(
-            f"The mesh {listed} has {math.prod(shape)} places for {len(devices)} devices; the axes must multiply to the "
-            "number of devices. Leave one of config.mesh's axes at none to have it filled in."
-        )
+    check_product(dict(zip(AXES, shape, strict=True)), len(devices))
     if shape[0] % slices:
         raise UserError(f"mesh.data={shape[0]} must be a multiple of mesh.slices={slices}.")
     if slices > 1:
@@ -98,6 +94,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None, sl
     else:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_product(sizes: Mapping[str, int], devices: int) -> None:
+    """UserError unless the axes multiply to the number of devices."""
+    places = math.prod(sizes.values())
+    if places != devices:
+        listed = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(
+            f"The mesh {listed} has {places} places for {devices} devices; the axes must multiply to the number of devices. "
+            "Leave one of config.mesh's axes at none to have it filled in."
+        )
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
@@ -111,6 +118,17 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
 def size_of(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, axes: Iterable[str]) -> int:
     """Devices along these axes."""
     return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def heads_divide(tensor: int, heads: int, kv_heads: int) -> bool:
+    """Whether `tensor` devices can share out these heads: as many query heads each, and whole key/value heads or one that
+    several devices hold."""
+    return heads % tensor == 0 and (kv_heads % tensor == 0 or tensor % kv_heads == 0)
+
+
+def axes_in(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of one dim of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def constrain(x: jax.Array, *dims: str | None) -> jax.Array:
@@ -176,6 +194,7 @@ def rest(w: jax.Array, dims: Sequence[str], keep_whole: Sequence[str] = ()) -> j
     return w if mesh is None else jax.lax.with_sharding_constraint(w, stored_spec(mesh, dims, w.shape, keep_whole))
 
 
+@functools.lru_cache(maxsize=16)
 def batch_share(mesh: jax.sharding.Mesh | None) -> tuple[int, int]:
     """(index, count): which of `count` equal shares of each batch this process feeds.
 

@@ -1,6 +1,6 @@
 """The programs of a run with shapes in place of arrays: what `task=plan` compiles, for devices that are not here."""
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ from gemma4_jax.infer.sampler import Rule
 from gemma4_jax.model.decode import unroll
 from gemma4_jax.model.gathering import own_dims
 from gemma4_jax.model.kv import empty_cache
-from gemma4_jax.model.parameters import arrays, in_compute_dtype, map_arrays
+from gemma4_jax.model.parameters import in_compute_dtype, map_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
 from gemma4_jax.quant import policy
 from gemma4_jax.quant.policy import QuantConfig
 from gemma4_jax.sharding import activation_spec, parameter_shardings, use_spec
-from gemma4_jax.train.optimizer import OptimConfig, optimizer, trainable_names
-from gemma4_jax.train.state import TrainState, moment_shardings
+from gemma4_jax.train.optimizer import OptimConfig, optimizer
+from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
 
 Struct = jax.ShapeDtypeStruct
@@ -60,7 +60,7 @@ def lowered_training(
         teacher = in_compute_dtype(model, compute_dtype) if quant.distill_weight else None
         model = policy.apply(model, quant)
     transform = optimizer(optim, steps=1000)
-    state = abstract_state(model, transform, optim, mesh)
+    state = TrainState.abstract(model, transform, optim.freeze)
     batch = {name: struct(mesh, dtype, ("batch", "length"), (rows, length)) for name, dtype in BATCH.items()}
     step = make_train_step(
         model,
@@ -72,19 +72,6 @@ def lowered_training(
     )
     with jax.set_mesh(mesh):
         return step.lower(state, batch, teacher)
-
-
-def abstract_state(model: Transformer, transform: Any, optim: OptimConfig, mesh: Mesh) -> TrainState:
-    """`TrainState.create` without arrays."""
-    moving = trainable_names(model, optim.freeze)
-    values = arrays(model)
-    params = {name: value for name, value in values.items() if name in moving}
-    frozen = {name: value for name, value in values.items() if name not in moving}
-    shapes = jax.eval_shape(transform.init, params)
-    places = moment_shardings(shapes, {name: value.sharding for name, value in params.items()})
-    moments = jax.tree.map(lambda x, place: Struct(x.shape, x.dtype, sharding=place), shapes, places)
-    step = Struct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    return TrainState(cast(jax.Array, step), params, frozen, moments)
 
 
 def lowered_prefill(

@@ -39,7 +39,7 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
         (["plan.topology=v9:2x2"], 2, "Unknown topology 'v9:2x2'; it is a chip and a shape"),
         (["plan.batch_size=15", "plan.grad_accum=2"], 1, "plan.grad_accum=2 does not divide plan.batch_size=15"),
         (["mesh.fsdp=5"], 1, "config.mesh fixes fsdp 5 = 5, which does not divide the 16 devices"),
-        (["mesh.fsdp=8", "mesh.data=1", "mesh.context=1"], 1, "multiplies to 8, but v6e:4x4 has 16 devices"),
+        (["mesh.fsdp=8", "mesh.data=1", "mesh.context=1"], 1, "has 8 places for 16 devices; the axes must multiply"),
         (["plan.headroom=1.5"], 2, "plan.headroom is a share from 0 up to 1, got 1.5"),
         (["plan.topology=v4:2x2x2", "plan.mode=compile"], 1, "set plan.mode=estimate"),
     ],

@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec
 from gemma4_jax import sharding
 from gemma4_jax.kernels import expert_routes as routes
 from gemma4_jax.kernels.expert_routes import Gate, Matrices, Tokens
+from gemma4_jax.sharding import axes_in
 
 IN_DIMS = ("experts", "embed", "gate_up", "expert_ffw")
 OUT_DIMS = ("experts", "expert_ffw", "embed")
@@ -80,16 +81,16 @@ class Cut:
 
     @property
     def token_axes(self) -> tuple[str, ...]:
-        return _axes(self.tokens[0]) + _axes(self.tokens[1])
+        return axes_in(self.tokens[0]) + axes_in(self.tokens[1])
 
     @property
     def ranks(self) -> int:
         """Devices that share out the experts."""
-        return sharding.size_of(self.mesh, _axes(self.used[0][0]))
+        return sharding.size_of(self.mesh, axes_in(self.used[0][0]))
 
     @property
     def sums_over_tensor(self) -> bool:
-        return bool(_axes(self.used[0][3]))
+        return bool(axes_in(self.used[0][3]))
 
     @property
     def route(self) -> str:
@@ -168,9 +169,9 @@ def _local_backward(gate: Gate, cut: Cut | None, x, weights, index, w_in, w_out,
 
 def _to_stored(cut: Cut, d: jax.Array, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
     """This device's part of a matrix's gradient, summed over the devices that saw other tokens."""
-    rest = [axis for axis in cut.token_axes if all(axis not in _axes(entry) for entry in used)]
+    rest = [axis for axis in cut.token_axes if all(axis not in axes_in(entry) for entry in used)]
     for dim, (before, after) in enumerate(zip(used, stored, strict=True)):
-        for axis in _axes(after)[len(_axes(before)) :]:
+        for axis in axes_in(after)[len(axes_in(before)) :]:
             if axis in rest:
                 rest.remove(axis)
                 d = jax.lax.psum_scatter(d, axis, scatter_dimension=dim, tiled=True)
@@ -178,7 +179,3 @@ def _to_stored(cut: Cut, d: jax.Array, used: PartitionSpec, stored: PartitionSpe
                 size = d.shape[dim] // cut.mesh.shape[axis]
                 d = jax.lax.dynamic_slice_in_dim(d, jax.lax.axis_index(axis) * size, size, dim)
     return jax.lax.psum(d, rest) if rest else d
-
-
-def _axes(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

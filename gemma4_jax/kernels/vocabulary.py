@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemma4_jax.errors import UserError
-from gemma4_jax.sharding import VOCABULARY, activation_spec, current_mesh, size_of
+from gemma4_jax.sharding import VOCABULARY, activation_spec, axes_in, current_mesh, size_of
 
 # Tokens whose rows together take at most this much are exchanged at a time. Larger parts have fewer distinct ids in all.
 # Temporaries of a lookup and its gradient, 8192 tokens of 8960 numbers on 16 devices: 72 MiB on v5e and v6e, 141 MiB on tpu7x.
@@ -79,13 +79,9 @@ def cut_of(tokens_shape: tuple[int, ...], vocabulary: int) -> Cut:
         )
     tokens = activation_spec(mesh, ("batch", "length")[: len(tokens_shape)], tokens_shape)
     tokens = PartitionSpec(*tokens, *[None] * (len(tokens_shape) - len(tokens)))
-    used = [axis for entry in tokens for axis in _axes(entry)]
+    used = [axis for entry in tokens for axis in axes_in(entry)]
     shared, idle = tuple(a for a in axes if a in used), tuple(a for a in axes if a not in used)
     return Cut(mesh, tokens, axes, shared, idle, tuple(a for a in used if a not in axes))
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def island(cut: Cut, f: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -182,7 +178,7 @@ def logits(hidden: jax.Array, table_VD: jax.Array) -> jax.Array:
 
     def product(hidden, table):
         for dim, entry in enumerate(cut.tokens):
-            axes = tuple(axis for axis in cut.shared if axis in _axes(entry))
+            axes = tuple(axis for axis in cut.shared if axis in axes_in(entry))
             hidden = jax.lax.all_gather(hidden, axes, axis=dim, tiled=True) if axes else hidden
         out = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
         if out.ndim > 2:

@@ -25,7 +25,7 @@ from gemma4_jax.kernels.context import merged, mirrored_halves, whole, with_halo
 from gemma4_jax.kernels.sequence import partial_attention, sequence_attention
 from gemma4_jax.kernels.splash import Starts
 from gemma4_jax.model.kv import KV
-from gemma4_jax.sharding import activation_spec, current_mesh
+from gemma4_jax.sharding import activation_spec, current_mesh, heads_divide
 
 CONTEXT, TENSOR = "context", "tensor"
 
@@ -87,7 +87,7 @@ def _on_mesh(mesh, q_BTNH: jax.Array, kv: KV, labels: Labels, window: int | None
 
 def check_heads(tensor: int, heads: int, kv_heads: int) -> None:
     """Raises UserError if `tensor` devices cannot share these heads."""
-    if heads % tensor or (kv_heads % tensor and tensor % kv_heads):
+    if not heads_divide(tensor, heads, kv_heads):
         raise UserError(
             f"mesh.tensor={tensor} cannot share out {heads} query heads and {kv_heads} key/value heads: it must divide the "
             "first, and divide the second or be a multiple of it. A power of two up to the query heads always fits."

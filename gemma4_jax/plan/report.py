@@ -11,7 +11,7 @@ from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.plan.costs import Totals
 from gemma4_jax.plan.estimate import Estimate
 from gemma4_jax.plan.roofline import Roofline
-from gemma4_jax.sharding import size_of, stored_spec, use_spec
+from gemma4_jax.sharding import axes_in, size_of, stored_spec, use_spec
 from gemma4_jax.tables import percent, table
 
 
@@ -132,7 +132,7 @@ def parameters(model: Transformer, mesh: Mesh | AbstractMesh) -> str:
     for name, variable in variables(model).items():
         shape, dims = variable.shape, variable.dims
         resting = stored_spec(mesh, dims, shape)
-        cut = size_of(mesh, [axis for entry in resting for axis in _axes(entry)])
+        cut = size_of(mesh, [axis for entry in resting for axis in axes_in(entry)])
         size = math.prod(shape) * variable.dtype.itemsize // cut
         total += size
         cuts = (_cut(dims, resting), _cut(dims, use_spec(mesh, dims, shape)))
@@ -143,12 +143,8 @@ def parameters(model: Transformer, mesh: Mesh | AbstractMesh) -> str:
 
 def _cut(dims: Sequence[str], spec: PartitionSpec) -> str:
     """`embed over fsdp, q_heads over tensor`; `whole`."""
-    named = [f"{name} over {' '.join(_axes(entry))}" for name, entry in zip(dims, spec, strict=True) if entry]
+    named = [f"{name} over {' '.join(axes_in(entry))}" for name, entry in zip(dims, spec, strict=True) if entry]
     return ", ".join(named) or "whole"
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def estimated(found: Estimate, topology: Topology) -> str:

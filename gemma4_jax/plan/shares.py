@@ -13,7 +13,7 @@ from gemma4_jax.config import KINDS, ModelConfig
 from gemma4_jax.model.kv import owner_kinds, slots
 from gemma4_jax.model.parameters import is_trainable, variables
 from gemma4_jax.model.transformer import abstract
-from gemma4_jax.sharding import AXES, NEVER_CUT, activation_spec, stored_spec, use_spec
+from gemma4_jax.sharding import AXES, NEVER_CUT, activation_spec, axes_in, stored_spec, use_spec
 
 Sizes = tuple[int, ...]
 """Devices along each axis of AXES."""
@@ -88,8 +88,8 @@ def shares(cfg: ModelConfig, sizes: Sizes) -> tuple[Share, ...]:
     for name, trainable, dims, shape in _parameters(cfg):
         stacked = sum(dim in NEVER_CUT[:2] for dim in dims)
         stored, used = stored_spec(mesh, dims, shape), use_spec(mesh, dims, shape)
-        of_use = {axis for entry in used for axis in _axes(entry)}
-        of_rest = [axis for entry in stored for axis in _axes(entry)]
+        of_use = {axis for entry in used for axis in axes_in(entry)}
+        of_rest = [axis for entry in stored for axis in axes_in(entry)]
         found.append(
             Share(
                 name,
@@ -131,7 +131,7 @@ def gathered_bytes(cfg: ModelConfig, sizes: Sizes, layer: str, itemsize: int) ->
 def local(shape: Sequence[int], spec: PartitionSpec, sizes: Sizes) -> tuple[int, ...]:
     """Shape of a device's part."""
     entries = [*spec, *[None] * (len(shape) - len(spec))]
-    return tuple(size // along(sizes, _axes(entry)) for size, entry in zip(shape, entries, strict=True))
+    return tuple(size // along(sizes, axes_in(entry)) for size, entry in zip(shape, entries, strict=True))
 
 
 def cache_bytes(cfg: ModelConfig, sizes: Sizes, rows: int, length: int, itemsize: int) -> float:
@@ -157,7 +157,3 @@ def device_groups(sizes: Sizes, axes: Sequence[str]) -> np.ndarray:
 def _mesh(sizes: Sizes) -> SimpleNamespace:
     """As much of a mesh as specs are made from."""
     return SimpleNamespace(shape=dict(zip(AXES, sizes, strict=True)))
-
-
-def _axes(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)

@@ -36,17 +36,23 @@ class TrainState:
 
         Every step takes the state's memory, so the model can be used afterwards only if its arrays are copied.
         """
-        moving = trainable_names(model, freeze)
         # One program each: an operation per parameter and shape would compile dozens of them.
         values = jax.jit(lambda x: jax.tree.map(jnp.copy, x))(arrays(model)) if copy else arrays(model)
-        params = {name: value for name, value in values.items() if name in moving}
-        frozen = {name: value for name, value in values.items() if name not in moving}
-        shardings = {name: value.sharding for name, value in params.items()}
-        moments = moment_shardings(jax.eval_shape(optimizer.init, params), shardings)
+        params, frozen = _parted(model, values, freeze)
+        moments = jax.tree.map(lambda x: x.sharding, _abstract_moments(optimizer, params))
         state = cls(jnp.int32(0), params, frozen, jax.jit(optimizer.init, out_shardings=moments)(params))
         # Committed to where it is: a step's results are, and an input that is not would compile the second step again.
-        places = dataclasses.replace(jax.tree.map(lambda x: x.sharding, state), step=_beside(shardings))
+        places = dataclasses.replace(jax.tree.map(lambda x: x.sharding, state), step=_beside(params))
         return jax.device_put(state, places)
+
+    @classmethod
+    def abstract(
+        cls, model: Transformer, optimizer: optax.GradientTransformation, freeze: Sequence[str]
+    ) -> "TrainState":
+        """The same of a model whose arrays are shapes with shardings: shapes with shardings."""
+        params, frozen = _parted(model, arrays(model), freeze)
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=_beside(params))
+        return cls(step, params, frozen, _abstract_moments(optimizer, params))
 
     def model(self, template: Transformer) -> Transformer:
         """The model with this state's arrays."""
@@ -70,16 +76,26 @@ class TrainState:
         )
 
 
-def moment_shardings(opt_state: Any, shardings: Mapping[str, jax.sharding.Sharding]) -> Any:
-    """Where each array of an (abstract) optimizer state lies: a moment with its parameter, a scalar on every device."""
-    alone = _beside(shardings)
-    leaves = [shardings.get(name, alone) if leaf.ndim else alone for name, leaf in _by_parameter(opt_state)]
-    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+def _parted(model: Transformer, values: Mapping[str, Any], freeze: Sequence[str]) -> tuple[dict, dict]:
+    """The parameters that move, and those that stay."""
+    moving = trainable_names(model, freeze)
+    params = {name: value for name, value in values.items() if name in moving}
+    return params, {name: value for name, value in values.items() if name not in moving}
 
 
-def _beside(shardings: Mapping[str, jax.sharding.Sharding]) -> jax.sharding.Sharding:
+def _abstract_moments(optimizer: optax.GradientTransformation, params: Mapping[str, Any]) -> Any:
+    """Shapes of the optimizer's state: a moment lies with its parameter, a scalar on every device."""
+    state, alone = jax.eval_shape(optimizer.init, params), _beside(params)
+    leaves = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=params[name].sharding if x.ndim and name in params else alone)
+        for name, x in _by_parameter(state)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def _beside(params: Mapping[str, Any]) -> jax.sharding.Sharding:
     """Whole on every device that holds parameters."""
-    some = next(iter(shardings.values()))
+    some = next(iter(params.values())).sharding
     if isinstance(some, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(some.mesh, jax.sharding.PartitionSpec())
     return some
