@@ -45,6 +45,7 @@ def run_plan(run: PlanRun, write: Write = print) -> None:
     if run.plan.parameters:
         axes = AbstractMesh(job.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         write(report.parameters(abstract_parameters(cfg, run.model.param_dtype), axes))
+    write(report.attention(job, where.chip.platform))
     if run.plan.mode == "estimate":
         _estimate(run, job, where, write)
     else:
@@ -94,7 +95,7 @@ def _estimate(run: PlanRun, job: Job, where: Topology, write: Write) -> None:
 
 def _compile(run: PlanRun, cfg: ModelConfig, job: Job, where: Topology, write: Write) -> None:
     axes: dict[str, int] = dict(zip(AXES, job.sizes, strict=True))
-    mesh = make_mesh(axes, absent.devices(where)[: run.mesh.devices], run.mesh.slices)
+    mesh = make_mesh(axes, absent.devices(where, run.mesh.slices)[: run.mesh.devices], run.mesh.slices)
     if run.plan.step != "decode":
         check_batch(mesh, run.plan.batch_size // run.plan.grad_accum, run.plan.seq_len, "plan")
     guess = estimate(job, where, useful_flops(job), slices=run.mesh.slices)
@@ -119,8 +120,9 @@ def _compile(run: PlanRun, cfg: ModelConfig, job: Job, where: Topology, write: W
     parts = _memory(job, compiled.memory_analysis())
     faults = checks.faults(module, job)
     write(f"compiled in {seconds:.0f} s\n\n{report.compiled(parts, totals, found, where)}")
-    write("\n".join(["", *faults]) if faults else "\nno score matrix, no logits of all tokens, no gathered table")
-    _save(run, _numbers(job, parts, guess.total, totals, found, seconds, faults, len(text)))
+    write("\n" + "\n".join(f"{what}: {'; '.join(each) or 'none'}" for what, each in faults.items()))
+    listed = [f"{what}: {each}" for what, all_of in faults.items() for each in all_of]
+    _save(run, _numbers(job, parts, guess.total, totals, found, seconds, listed, len(text)))
     if sum(parts.values()) > (1 - run.plan.headroom) * where.chip.device_usable_hbm:
         raise _too_big(run, job, where, report.gib(sum(parts.values())))
 

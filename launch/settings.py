@@ -165,7 +165,7 @@ class PlanConfig:
     step: Literal["sft", "qat", "prefill", "decode"] = option("sft", "which program")
     mode: Literal["compile", "estimate"] = option(
         "compile",
-        "compile it (minutes, exact) or estimate it and rank meshes and batches (seconds, within 10 % of memory)",
+        "compile it (minutes, exact) or estimate it and rank meshes and batches (seconds, rough)",
     )
     batch_size: int = option(16, "sequences at a time, over all devices")
     seq_len: int = option(4096, "tokens of a sequence; of decode, slots of the cache")
@@ -184,6 +184,14 @@ class PlanConfig:
                 raise UserError(f"plan.{name} is at least 1, got {getattr(self, name)}.")
         if not 0 <= self.headroom < 1:
             raise UserError(f"plan.headroom is a share from 0 up to 1, got {self.headroom}.")
+        if self.hlo is not None and self.mode == "estimate":
+            raise UserError(
+                "plan.hlo is the text of a compiled program, but plan.mode=estimate compiles none; drop one."
+            )
+        if self.step in ("prefill", "decode"):
+            for name in ("remat", "grad_accum", "first_moment"):
+                if getattr(self, name) != PlanConfig.__dataclass_fields__[name].default:
+                    raise UserError(f"plan.{name} belongs to training; plan.step={self.step} does not read it.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,6 +203,10 @@ class PlanRun(Run):
     mesh: MeshConfig = option(factory=MeshConfig, help="how devices share the work; none: chosen")
     plan: PlanConfig = option(factory=PlanConfig, help="which step on which devices")
     quant: QuantConfig = option(factory=QuantConfig, help="grid and teacher of plan.step=qat")
+
+    def __post_init__(self):
+        if self.plan.step != "qat" and self.quant != QuantConfig():
+            raise UserError(f"config.quant belongs to plan.step=qat; plan.step={self.plan.step} does not read it.")
 
 
 TASKS: dict[str, type[Run]] = {

@@ -93,14 +93,14 @@ def _train(
     )
 
     workdir = None if run.workdir is None else Path(run.workdir)
-    if mesh is not None and workdir is not None and jax.process_index() == 0:
-        (workdir / "parameters.txt").write_text(report.parameters(template, mesh) + "\n")
     store = None
     if workdir is not None:
         best = "loss" if run.train.keep_best else None
         store = Store(workdir / "checkpoints", keep=run.train.keep, metric=best)
         if jax.process_index() == 0:
             processor.save(workdir)
+            if mesh is not None:
+                (workdir / "parameters.txt").write_text(report.parameters(template, mesh) + "\n")
     state = resume(store, state, batches)
     done = int(state.step)
     if done:

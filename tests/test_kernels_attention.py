@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from gemma4_jax.kernels import reference
-from gemma4_jax.kernels.banded import banded_attention, banded_spans, block_rows
-from gemma4_jax.kernels.blockwise import causal_spans
+from gemma4_jax.kernels.banded import banded_spans, block_rows
+from gemma4_jax.kernels.blockwise import Labels, causal_spans
 from gemma4_jax.kernels.chunked import chunked_attention
+from gemma4_jax.kernels.sequence import sequence_attention
 
 # Two orders of float32 summation over at most 200 keys with values of order 1.
 FLOAT32_TOLERANCE = 2e-5
@@ -65,13 +66,18 @@ def assert_same(kernel, twin, inputs, labels, tolerance):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, np.abs(b).max()), rtol=0, err_msg=name)
 
 
+def banded(q, k, v, *labels, window):
+    """Sliding attention as the model calls it, which on a CPU is blocks of a band where the sequence is longer than the window."""
+    return sequence_attention(q, k, v, Labels(*labels, *[None] * (4 - len(labels))), window=window)
+
+
 # block_rows(8) is 64: 1 and 63 stay in one block, 200 leaves a rest, 192 divides evenly.
 @pytest.mark.parametrize(("length", "window"), [(1, 8), (63, 80), (192, 64), (200, 1), (200, 65)])
 def test_banded_matches_reference(length, window):
     positions, segments = layout(length)
     labels = (positions, positions, segments, segments)
     assert_same(
-        functools.partial(banded_attention, window=window),
+        functools.partial(banded, window=window),
         functools.partial(reference.attention, window=window),
         arrays(length),
         labels,
@@ -114,7 +120,7 @@ def test_chunked_matches_reference_against_a_ring(length, window):
 @pytest.mark.parametrize(
     ("kernel", "heads", "kv_heads"),
     [
-        (functools.partial(banded_attention, window=20), 4, 1),
+        (functools.partial(banded, window=20), 4, 1),
         (functools.partial(chunked_attention, chunk=40), 6, 2),
     ],
 )
@@ -138,7 +144,7 @@ def test_composes_with_scan_checkpoint_and_vmap():
         layer = jax.checkpoint(lambda x, _: (attention(x, k, v, positions, positions) + x, None))
         return jax.lax.scan(layer, q, None, length=2)[0].sum()
 
-    got = jax.jit(jax.grad(functools.partial(loss, functools.partial(banded_attention, window=9))))(q, k, v)
+    got = jax.jit(jax.grad(functools.partial(loss, functools.partial(banded, window=9))))(q, k, v)
     wanted = jax.jit(jax.grad(functools.partial(loss, functools.partial(reference.attention, window=9))))(q, k, v)
     np.testing.assert_allclose(got, wanted, atol=FLOAT32_TOLERANCE * 10, rtol=0)
 
@@ -168,7 +174,7 @@ def test_causal_work_is_little_more_than_half():
 
 
 @pytest.mark.parametrize(
-    "kernel", [functools.partial(banded_attention, window=64), functools.partial(chunked_attention, chunk=128)]
+    "kernel", [functools.partial(banded, window=64), functools.partial(chunked_attention, chunk=128)]
 )
 def test_memory_grows_linearly(kernel):
     """Temporary memory of forward and backward at 4 T is 4 times that at T, not 16 times."""
@@ -195,9 +201,9 @@ def test_wrong_shapes_are_refused():
     positions, _ = layout(8)
     q, k, v = arrays(8)
     with pytest.raises(ValueError, match="as many keys as queries"):
-        banded_attention(q, k[:, :4], v[:, :4], positions, positions[:, :4], window=4)
+        banded(q, k[:, :4], v[:, :4], positions, positions[:, :4], window=4)
     with pytest.raises(ValueError, match="at least 1"):
-        banded_attention(q, k, v, positions, positions, window=0)
+        banded(q, k, v, positions, positions, window=0)
     with pytest.raises(ValueError, match="multiple of kv heads"):
         chunked_attention(q[:, :, :3], k, v, positions, positions)
     with pytest.raises(ValueError, match="at least 1 query"):

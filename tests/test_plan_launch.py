@@ -19,6 +19,11 @@ def test_an_estimate_prints_memory_the_roofline_and_a_ranking(capsys, tmp_path):
     assert "MFU at most" in out
     assert "meshes and batches that fit, best first" in out
     assert "vocab over fsdp" in out
+    attention = [line.split()[:6] for line in out.splitlines() if line.startswith(("sliding ", "full "))]
+    assert attention == [
+        ["sliding", "256", "8,192", "x", "8,192", "splash"],
+        ["full", "512", "8,192", "x", "8,192", "splash"],
+    ]
     found = json.loads(path.read_text())
     assert 10 * 2**30 < found["total"] == sum(found["memory"].values()) < 31.25 * 2**30
 
@@ -40,6 +45,13 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
         (["plan.batch_size=15", "plan.grad_accum=2"], 1, "plan.grad_accum=2 does not divide plan.batch_size=15"),
         (["mesh.fsdp=5"], 1, "config.mesh fixes fsdp 5 = 5, which does not divide the 16 devices"),
         (["mesh.fsdp=8", "mesh.data=1", "mesh.context=1"], 1, "has 8 places for 16 devices; the axes must multiply"),
+        (["quant.grid=int4_sym7_g32"], 2, "config.quant belongs to plan.step=qat; plan.step=sft does not read it"),
+        (
+            ["plan.step=decode", "plan.remat=none"],
+            2,
+            "plan.remat belongs to training; plan.step=decode does not read it",
+        ),
+        (["plan.hlo=x"], 2, "plan.hlo is the text of a compiled program, but plan.mode=estimate compiles none"),
         (["plan.headroom=1.5"], 2, "plan.headroom is a share from 0 up to 1, got 1.5"),
         (["plan.topology=v4:2x2x2", "plan.mode=compile"], 1, "set plan.mode=estimate"),
     ],

@@ -18,7 +18,7 @@ from gemma4_jax.model.decode import Decoder, unroll
 from gemma4_jax.model.embed import Embedding
 from gemma4_jax.model.gathering import in_use
 from gemma4_jax.model.kv import Cache
-from gemma4_jax.model.linear import Weight, holding
+from gemma4_jax.model.linear import Weight, holding, multiplies_in
 from gemma4_jax.model.transformer import Transformer
 
 CHUNK = 32
@@ -132,7 +132,7 @@ def decoder_of(model: Transformer) -> Decoder:
     """
 
     def ready(module):
-        if not _is_weight(module) or module.role == "router":
+        if not _is_weight(module) or multiplies_in(module.role, model.compute_dtype) is None:
             return module
         if module.grid is None and module.w.get_value().dtype == model.compute_dtype:
             return module

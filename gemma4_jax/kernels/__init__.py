@@ -5,7 +5,7 @@ Nothing here knows a model's configuration or a file: arrays come in, arrays go 
     reference       the twins; they are the specification and the tests compare against them
     slices          blocks of bf16 arrays read and written in loops at the cost of the block
     blockwise       attention computed block by block, with its own backward pass; serves the next two
-    banded          sliding-window attention, O(T x window) memory and FLOPs
+    banded          the blocks of sliding-window attention, O(T x window) memory and FLOPs
     chunked         causal attention over a whole sequence or a cache, never a [T, S] matrix
     splash          both kinds of attention on a TPU, with Pallas
     choice          which of them runs where

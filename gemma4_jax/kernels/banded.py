@@ -1,42 +1,10 @@
-"""Sliding-window attention whose memory and FLOPs grow with T x window, not with T x T.
+"""The blocks of sliding-window attention whose memory and FLOPs grow with T x window, not with T x T.
 
 A block of C queries that starts in slot s can only see the slots [s - (window - 1), s + C): one slice of the keys.
 Blocks far from the start all have slices of one length and run as one loop; those before them look at keys from slot 0.
 """
 
-import jax
-
-from gemma4_jax.kernels.blockwise import Labels, Span, blockwise_attention, causal_spans
-
-
-def banded_attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_pos_BT: jax.Array,
-    k_pos_BS: jax.Array,
-    q_seg_BT: jax.Array | None = None,
-    k_seg_BS: jax.Array | None = None,
-    *,
-    window: int,
-) -> jax.Array:
-    """Same numbers as `reference.attention` for queries and keys of one sequence (T == S); [B, T, N, H].
-
-    Contract: query and key of a slot belong to the same token, and inside one segment the valid tokens stand in
-    consecutive slots with positions growing by one. Padding (position -1) may stand before, after or between segments;
-    T is any length. Then a distance in positions is a distance in slots, and the window is a band of the matrix.
-    """
-    length = q_BTNH.shape[1]
-    if k_BSKH.shape[1] != length:
-        raise ValueError(
-            f"banded_attention wants as many keys as queries, got {k_BSKH.shape[1]} keys and {length} queries; "
-            "use chunked_attention for queries against a cache"
-        )
-    if window < 1:
-        raise ValueError(f"window counts the query itself and must be at least 1, got {window}")
-    labels = Labels(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS)
-    spans = banded_spans(length, window, block_rows(window))
-    return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, labels, spans=spans, window=window)
+from gemma4_jax.kernels.blockwise import Span, causal_spans
 
 
 def block_rows(window: int) -> int:

@@ -29,7 +29,7 @@ def chunked_attention(
     When T == S the keys must be those of the queries, in the same slots, positions growing with the slot inside each
     segment (padding, position -1, may stand anywhere). When T != S (decoding, prefill into a cache) keys may lie in
     any order, a ring included, and all of them are looked at. With `window` the mask is applied but no work is saved:
-    `banded.banded_attention` is for that.
+    `sequence.sequence_attention` is for that.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 query, got {chunk}")

@@ -14,6 +14,8 @@ In a compiled program the calls are `%grouped_matmul` [M, N] and `%grouped_outer
 shapes of the matrix operands, [M, K] and [E, K, N] or [M, K] and [M, N], give 2 M K N FLOPs if every row is real.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -123,42 +125,12 @@ def outer(
     inner, columns = _gradient_block(k, n, lhs.dtype.itemsize)
     schedule, visited = visits(sizes_E, lhs.shape[0], m, tail=False)
 
-    def kernel(group_V, tile_V, begin_V, end_V, keep_1, lhs_ref, rhs_ref, add_to_ref, out_ref, sum_ref):
-        v, last = pl.program_id(2), pl.num_programs(2) - 1
-        group = group_V[v]
-
-        @pl.when((v == 0) | (group_V[jnp.maximum(v - 1, 0)] != group))
-        def _():
-            sum_ref[...] = jnp.zeros_like(sum_ref)
-
-        @pl.when(end_V[v] > begin_V[v])
-        def _():
-            row = jax.lax.broadcasted_iota(jnp.int32, rhs_ref.shape, 0)
-            mine = (row >= begin_V[v]) & (row < end_V[v])
-            sum_ref[...] += jax.lax.dot_general(
-                lhs_ref[...],
-                jnp.where(mine, rhs_ref[...], jnp.zeros_like(rhs_ref)),
-                (((0,), (0,)), ((), ())),
-                precision=jax.lax.Precision.HIGHEST if exact else None,
-                preferred_element_type=jnp.float32,
-            )
-
-        closes = (v == last) | (group_V[jnp.minimum(v + 1, last)] != group)
-
-        @pl.when(closes & (keep_1[0] == 0))
-        def _():
-            out_ref[...] = sum_ref[...].astype(out_ref.dtype)
-
-        @pl.when(closes & (keep_1[0] != 0))
-        def _():
-            out_ref[...] = (sum_ref[...] + add_to_ref[...].astype(jnp.float32)).astype(out_ref.dtype)
-
     def add_to_block(i, j, v, group_V, tile_V, begin_V, end_V, keep_1):
         # A block that stays the same is fetched once.
         return group_V[v] * keep_1[0], i * keep_1[0], j * keep_1[0]
 
     return pl.pallas_call(
-        kernel,
+        functools.partial(_outer_kernel, exact),
         name="grouped_outer",
         out_shape=jax.ShapeDtypeStruct((experts, k, n), lhs.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -179,6 +151,42 @@ def outer(
         cost_estimate=_cost(pl, rows, k, n, lhs.nbytes + rhs.nbytes + experts * k * n * lhs.dtype.itemsize),
         interpret=interpret,
     )(*schedule, keep.astype(jnp.int32).reshape(1), lhs, rhs, add_to_EKN)
+
+
+def _outer_kernel(
+    exact: bool, group_V, _tile_V, begin_V, end_V, keep_1, lhs_ref, rhs_ref, add_to_ref, out_ref, sum_ref
+) -> None:
+    """One visit of `outer`: adds a tile's products to its expert's sum, and writes the sum at the expert's last visit."""
+    from jax.experimental import pallas as pl
+
+    v, last = pl.program_id(2), pl.num_programs(2) - 1
+    group = group_V[v]
+
+    @pl.when((v == 0) | (group_V[jnp.maximum(v - 1, 0)] != group))
+    def _():
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(end_V[v] > begin_V[v])
+    def _():
+        row = jax.lax.broadcasted_iota(jnp.int32, rhs_ref.shape, 0)
+        mine = (row >= begin_V[v]) & (row < end_V[v])
+        sum_ref[...] += jax.lax.dot_general(
+            lhs_ref[...],
+            jnp.where(mine, rhs_ref[...], jnp.zeros_like(rhs_ref)),
+            (((0,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST if exact else None,
+            preferred_element_type=jnp.float32,
+        )
+
+    closes = (v == last) | (group_V[jnp.minimum(v + 1, last)] != group)
+
+    @pl.when(closes & (keep_1[0] == 0))
+    def _():
+        out_ref[...] = sum_ref[...].astype(out_ref.dtype)
+
+    @pl.when(closes & (keep_1[0] != 0))
+    def _():
+        out_ref[...] = (sum_ref[...] + add_to_ref[...].astype(jnp.float32)).astype(out_ref.dtype)
 
 
 def tile_rows(rows: int, experts: int) -> int:

@@ -43,10 +43,21 @@ def sequence_attention(
     starts: Starts = ((0,),),
     device: jax.Array | None = None,
 ) -> jax.Array:
-    """Same numbers as `reference.attention` under the contract of `banded_attention`; [B, T, N, H], zeros for padding.
+    """Same numbers as `reference.attention` for the tokens of one sequence and its keys; [B, T, N, H], zeros for padding.
 
+    Contract: query and key of a slot belong to the same token, and inside one segment the valid tokens stand in
+    consecutive slots with positions growing by one. Padding (position -1) may stand before, after or between segments;
+    T is any length. Then a distance in positions is a distance in slots, and a window is a band of the matrix.
     Keys may be more than queries: `starts[device]` gives the key slot of the first query of each of its pieces.
     """
+    length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    if keys != length and starts == ((0,),):
+        raise ValueError(
+            f"sequence_attention wants as many keys as queries, or starts, got {keys} keys and {length} queries; use "
+            "chunked_attention for queries against a cache"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window counts the query itself and must be at least 1, got {window}")
     return _attend(Place(window, starts), q_BTNH, k_BSKH, v_BSKH, labels, device)
 
 

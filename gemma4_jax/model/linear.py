@@ -63,6 +63,14 @@ class Weight(nnx.Module):
 M = TypeVar("M", bound=nnx.Module)
 
 
+def multiplies_in(role: str, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike | None:
+    """The dtype that weights of this role are cast to for use, in a model that computes in `dtype`; None: left as stored.
+
+    The router computes in float32 whatever the model does.
+    """
+    return None if role == "router" else dtype
+
+
 def holding(module: M, w: jax.Array) -> M:
     """The same module (a Weight, an Embedding) with `w` in place of its weight, used as it is: no grid."""
     new: Any = jax.tree.map(lambda x: x, module)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.kernels.experts import experts
@@ -97,14 +96,10 @@ class Experts(nnx.Module):
         self.num_experts = cfg.num_experts
 
     def __call__(self, x_BTD: jax.Array, weights_BTk: jax.Array, index_BTk: jax.Array) -> jax.Array:
-        """sum over the chosen experts of weight * expert(x), [B, T, D]; weights and index as Router gives them.
-
-        Named "experts" for remat policies: saved, it spares the recomputation of one of the experts' two products.
-        """
+        """sum over the chosen experts of weight * expert(x), [B, T, D]; weights and index as Router gives them."""
         gate_up, down = (weight.rounded().astype(x_BTD.dtype) for weight in (self.gate_up, self.down))
         with jax.named_scope("experts"):
-            out = experts(x_BTD, weights_BTk, index_BTk, gate_up, down, _gate)
-        return checkpoint_name(out, "experts")
+            return experts(x_BTD, weights_BTk, index_BTk, gate_up, down, _gate)
 
 
 def _gate(gate_up: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from gemma4_jax.model.linear import Buffer
+from gemma4_jax.model.linear import Buffer, multiplies_in
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -40,12 +40,17 @@ def with_arrays(model: M, new: Mapping[str, Any]) -> M:
 def in_compute_dtype(model: M, dtype: str) -> M:
     """The model with its weights stored as its layers use them, arrays abstract or not: half the memory, the same numbers.
 
-    For a model that is not trained. Norms, scalars and the router, which work in float32, stay as they are.
+    For a model that is not trained. Norms and scalars, which work in float32, stay as they are.
     """
+    narrow = {
+        f"{path}.w"
+        for path, module in modules(model)
+        if (role := getattr(module, "role", None)) is not None and multiplies_in(role, dtype) is not None
+    }
 
     def stored(name: str, variable: nnx.Variable):
         value = variable.get_value()
-        if not name.endswith(".w") or ".router." in name or value.dtype == dtype:
+        if name not in narrow or value.dtype == dtype:
             return value
         if isinstance(value, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(value.shape, jax.numpy.dtype(dtype), sharding=value.sharding)

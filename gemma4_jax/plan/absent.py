@@ -39,7 +39,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """XLA's GpuTargetConfigProto of an H100 SXM."""
 
 GPUS = {"h100": H100_80GB}
-PACKAGES = {"tpu": ("libtpu", "tpu"), "cuda": ("jax_cuda12_plugin", "cuda")}
+PACKAGES = {"tpu": ("libtpu", "jax[tpu]"), "cuda": ("jax_cuda12_plugin", "jax[cuda12]")}
+"""Platform -> the module that compiles for it, and what installs it."""
 
 
 def prepare() -> None:
@@ -49,9 +50,8 @@ def prepare() -> None:
     name, and no GPU kernel is timed.
     """
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # programs of absent devices are written but cannot be read
+    # Programs of absent devices would be written to the cache but cannot be read from it.
+    jax.config.update("jax_enable_compilation_cache", False)
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -64,14 +64,13 @@ def prepare() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0".strip()
 
 
-def devices(topology: Topology) -> Sequence[Any]:
-    """The devices of a topology, to put into a mesh and compile for; UserError where the compiler is not installed."""
-    module, extra = PACKAGES[topology.chip.platform]
+def devices(topology: Topology, slices: int = 1) -> Sequence[Any]:
+    """The devices of so many slices of a topology, for a mesh to compile for; UserError without the compiler."""
+    module, package = PACKAGES[topology.chip.platform]
     if importlib.util.find_spec(module) is None:
-        package = f"{'jax[tpu]' if extra == 'tpu' else 'jax[cuda12]'}=={jax.__version__}"
         raise UserError(
-            f"Planning for {topology.name} needs its compiler, {module}, which is not installed: run pip install '{package}'; or "
-            "estimate, with --config.plan.mode=estimate."
+            f"Planning for {topology.name} needs its compiler, {module}, which is not installed: run pip install "
+            f"'{package}=={jax.__version__}'; or estimate, with --config.plan.mode=estimate."
         )
     if not topology.chip.compiles:
         raise UserError(
@@ -85,6 +84,8 @@ def devices(topology: Topology) -> Sequence[Any]:
 
     prepare()
     description: dict[str, Any] = dict(topology.description)
+    if slices > 1:
+        description["num_slices"] = slices
     if topology.chip.platform == "cuda":
         description["target_config"] = GPUS[topology.chip.name]
     try:

@@ -22,17 +22,17 @@ class Buffer:
         return f"{self.shape} ({self.op_name or self.name})"
 
 
-def faults(module: Module, job: Job) -> list[str]:
-    """What a sound program of `job` does not have, as sentences."""
-    found = []
+def faults(module: Module, job: Job) -> dict[str, list[str]]:
+    """What a sound program of `job` does not have: what was looked for -> each that was found, as a sentence."""
+    found: dict[str, list[str]] = {}
     if job.program != "decode":
         queries = job.length // job.devices("context")
         pairs = [each for each in scores(module, queries, job.length) if not _is_activation(each.shape, job)]
-        found += [f"scores of all pairs: {each}" for each in pairs]
+        found["scores of all pairs"] = [str(each) for each in pairs]
     if job.trains:
-        found += [f"logits of all tokens: {each}" for each in logits(module, job.tokens, job.cfg.vocab_size)]
+        found["logits of all tokens"] = [str(each) for each in logits(module, job.tokens, job.cfg.vocab_size)]
     if job.devices() > 1:
-        found += [f"a gathered table: {each.name}" for each in gathered(module, job.cfg.vocab_size)]
+        found["a gathered table"] = [each.name for each in gathered(module, job.cfg.vocab_size)]
     return found
 
 

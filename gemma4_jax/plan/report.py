@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from gemma4_jax.chips import Chip, GiB, Topology
+from gemma4_jax.config import KINDS
+from gemma4_jax.kernels.choice import KERNELS, kernel_choice
+from gemma4_jax.model.attend import share
+from gemma4_jax.model.kv import slots
 from gemma4_jax.model.parameters import variables
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.plan.costs import Totals
 from gemma4_jax.plan.estimate import Estimate
+from gemma4_jax.plan.job import Job
 from gemma4_jax.plan.roofline import Roofline
 from gemma4_jax.sharding import axes_in, size_of, stored_spec, use_spec
 from gemma4_jax.tables import percent, table
@@ -124,6 +129,20 @@ def compiled(parts: Mapping[str, float], totals: Totals, result: Roofline, topol
             roofline(result, topology),
         )
     )
+
+
+def attention(job: Job, platform: str) -> str:
+    """The kernel that computes each kind of layer's attention on one device, from the table in `kernels/choice.py`."""
+    aligned, costs = job.program != "decode", {row.name: row.cost for row in KERNELS}
+    rows = []
+    for kind in KINDS:
+        window, head = job.cfg.window(kind), job.cfg.head_size(kind)
+        keys = job.length if aligned else slots(job.cfg, kind, job.length)
+        queries = job.length if aligned else 1
+        shape = share(queries, keys, head, window, aligned=aligned, context=job.devices("context"))
+        name = kernel_choice(platform, shape)
+        rows.append((kind, str(head), f"{shape.length:,} x {shape.keys:,}", name, costs[name]))
+    return table(("attention", "head dim", "queries x keys", "kernel", "how"), rows)
 
 
 def parameters(model: Transformer, mesh: Mesh | AbstractMesh) -> str:
