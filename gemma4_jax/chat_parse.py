@@ -1,15 +1,18 @@
 """What a model wrote becomes a thought, tool calls and an answer: one state machine over token ids.
 
 Ids, not text: a special token is unmistakable, whereas text that merely looks like one is text. A string is accepted too
-and cut at the special strings. Output that was cut off anywhere parses to what is there; a tool call that is incomplete or
-malformed is kept apart as text and never passed on as a call.
+and cut at the special strings. However the ids are split into feeds, the parse is the same, and the texts of the events
+joined are the parse. Output that was cut off anywhere parses to what is there; a tool call that is incomplete or malformed
+is kept apart as text and never passed on as a call.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from gemma4_jax.chat_call import read_call
+from gemma4_jax.chat_text import TextDecoder
 from gemma4_jax.tokenizer import CHAT, SPECIAL_PIECES, Tokenizer
 
 QUOTE = SPECIAL_PIECES["quote"]
@@ -18,8 +21,9 @@ MARKER_PATTERN = re.compile("|".join(re.escape(marker) for marker in MARKERS))
 STOPS = tuple(SPECIAL_PIECES[name] for name in ("eos", "turn_close", "tool_response_open"))
 CHANNEL_OPEN, CHANNEL_CLOSE = SPECIAL_PIECES["channel_open"], SPECIAL_PIECES["channel_close"]
 CALL_OPEN, CALL_CLOSE = SPECIAL_PIECES["tool_call_open"], SPECIAL_PIECES["tool_call_close"]
+HEADER = "thought"  # the channel's name, its first line
 
-WORDS: dict[str, Any] = {"true": True, "false": False, "null": None, "None": None}
+EventKind = Literal["thought", "answer", "tool_call", "malformed", "stop"]
 
 
 @dataclass(frozen=True)
@@ -41,78 +45,73 @@ class Parsed:
     stopped: bool = False
 
 
-class OutputParser:
-    """Takes the output piece by piece, as it is generated: `feed` markers and texts, `result` at any time."""
+@dataclass(frozen=True)
+class Event:
+    """Something that became certain.
 
-    def __init__(self) -> None:
-        self._state = "answer"  # answer, thought, call; stopped after a stop token
-        self._answer = ""
-        self._thoughts: list[str] = []
-        self._call: list[str] = []  # texts of the current call: outside quotes at even places, inside at odd ones
-        self._calls: list[dict[str, Any]] = []
-        self._malformed: list[str] = []
+    Attributes:
+        kind: thought and answer carry a piece of text, tool_call a call, malformed the text of an unreadable call; stop is the
+            stop token.
+        text: of thought and answer, the piece that follows the pieces before it; of malformed, the whole text.
+        call: of tool_call, `{"name": str, "arguments": dict}`.
+    """
 
-    def feed(self, piece: str, marker: bool) -> None:
-        """One special token by its string (`marker=True`), or some ordinary text."""
-        if self._state == "stopped":
-            return
-        if not marker:
-            self._text(piece)
-        elif piece == QUOTE:
-            if self._state == "call":
-                self._call.append("")
-        elif piece == CHANNEL_CLOSE:
-            self._state = "answer" if self._state == "thought" else self._state
-        elif piece == CALL_CLOSE:
-            self._end_call(complete=True)
-        elif piece in (CHANNEL_OPEN, CALL_OPEN, *STOPS):
-            self._end_call(complete=False)
-            self._state = {CHANNEL_OPEN: "thought", CALL_OPEN: "call"}.get(piece, "stopped")
-            if piece == CHANNEL_OPEN:
-                self._thoughts.append("")
-            self._call = [""]
+    kind: EventKind
+    text: str = ""
+    call: dict[str, Any] | None = None
+
+
+class StreamParser:
+    """Takes token ids as they are generated, in any portions; ends with `finish`, after which `result` is the parse."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._turn = _Turn()
+        self._text = TextDecoder(tokenizer)
+        names = (name for name, piece in SPECIAL_PIECES.items() if piece in MARKERS)
+        ids = ((getattr(tokenizer.special, name), SPECIAL_PIECES[name]) for name in names)
+        self._marker_of = {index: piece for index, piece in ids if index is not None}
+
+    def feed(self, tokens: Iterable[int]) -> list[Event]:
+        """What these tokens made certain."""
+        events: list[Event] = []
+        run: list[int] = []
+        for index in (int(index) for index in tokens):
+            marker = self._marker_of.get(index)
+            if marker is None:
+                run.append(index)
+                continue
+            events += self._turn.text(self._text.feed(run) + self._text.finish())
+            events += self._turn.marker(marker)
+            run = []
+        return events + self._turn.text(self._text.feed(run))
+
+    def finish(self) -> list[Event]:
+        """What the end of the output made certain: a character or a call that was cut short."""
+        return self._turn.text(self._text.finish()) + self._turn.end()
 
     def result(self) -> Parsed:
-        """What has come so far."""
-        malformed = [*self._malformed, *([QUOTE.join(self._call)] if self._state == "call" else [])]
-        thought = "\n\n".join(filter(None, (_without_header(thought) for thought in self._thoughts)))
-        return Parsed(thought, list(self._calls), self._answer.strip(), malformed, self._state == "stopped")
-
-    def _text(self, text: str) -> None:
-        if self._state == "call":
-            self._call[-1] += text
-        elif self._state == "thought":
-            self._thoughts[-1] += text
-        else:
-            self._answer += text
-
-    def _end_call(self, complete: bool) -> None:
-        """Leaves the state `call`: a complete, well-formed call is kept, anything else goes to `malformed`."""
-        if self._state != "call":
-            return
-        call = read_call(self._call) if complete else None
-        if call is None:
-            self._malformed.append(QUOTE.join(self._call))
-        else:
-            self._calls.append(call)
-        self._state = "answer"
+        """The parse of what has come so far."""
+        return self._turn.result()
 
 
 def parse(output: str | Iterable[int], tokenizer: Tokenizer | None = None) -> Parsed:
     """Parses a model's output: token ids (with the tokenizer), or its text with special strings."""
-    parser = OutputParser()
-    if isinstance(output, str):
-        pieces = _cut_text(output)
-    elif tokenizer is None:
-        raise ValueError("parse needs the tokenizer to read token ids.")
-    else:
-        pieces = _cut_ids(output, tokenizer)
-    for piece, marker in pieces:
-        parser.feed(piece, marker)
-    return parser.result()
+    if not isinstance(output, str):
+        if tokenizer is None:
+            raise ValueError("parse needs the tokenizer to read token ids.")
+        parser = StreamParser(tokenizer)
+        parser.feed(output)
+        parser.finish()
+        return parser.result()
+    turn = _Turn()
+    for piece, is_marker in _cut_text(output):
+        turn.marker(piece) if is_marker else turn.text(piece)
+    turn.end()
+    return turn.result()
 
 
 def _cut_text(text: str) -> Iterator[tuple[str, bool]]:
+    """(marker, True) and (text, False), in order."""
     start = 0
     for match in MARKER_PATTERN.finditer(text):
         yield text[start : match.start()], False
@@ -121,118 +120,111 @@ def _cut_text(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], False
 
 
-def _cut_ids(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """Markers one by one, the ids between them decoded together (a character can be several byte pieces)."""
-    special = tokenizer.special
-    names = (name for name, piece in SPECIAL_PIECES.items() if piece in MARKERS)
-    marker_of = {index: SPECIAL_PIECES[name] for name in names if (index := getattr(special, name)) is not None}
-    run: list[int] = []
-    for index in (int(index) for index in ids):
-        marker = marker_of.get(index)
-        if marker is None:
-            run.append(index)
-            continue
-        yield tokenizer.decode(run), False
-        yield marker, True
-        run = []
-    yield tokenizer.decode(run), False
+class _Turn:
+    """The state machine: markers and texts in, events out."""
+
+    def __init__(self) -> None:
+        self._state = "answer"  # answer, thought, call; stopped after a stop token
+        self._trimmed = _Trimmed()
+        self._answer: list[str] = []
+        self._thought = _Thought()
+        self._thoughts: list[str] = []
+        self._call: list[str] = []  # texts of the current call: outside quotes at even places, inside at odd ones
+        self._calls: list[dict[str, Any]] = []
+        self._malformed: list[str] = []
+
+    def text(self, text: str) -> list[Event]:
+        """Ordinary text."""
+        if not text or self._state == "stopped":
+            return []
+        if self._state == "call":
+            self._call[-1] += text
+            return []
+        if self._state == "answer":
+            return self._emit("answer", self._answer, self._trimmed.feed(text))
+        first = not self._thought.begun
+        piece = self._thought.feed(text)
+        return self._emit("thought", self._thoughts, "\n\n" + piece if piece and first and self._thoughts else piece)
+
+    def marker(self, marker: str) -> list[Event]:
+        """One special token, by its string."""
+        if self._state == "stopped":
+            return []
+        if marker == QUOTE:
+            if self._state == "call":
+                self._call.append("")
+        elif marker == CHANNEL_CLOSE:
+            self._state = "answer" if self._state == "thought" else self._state
+        elif marker == CALL_CLOSE:
+            return self._end_call(complete=True)
+        elif marker in (CHANNEL_OPEN, CALL_OPEN, *STOPS):
+            events = self._end_call(complete=False)
+            self._state = {CHANNEL_OPEN: "thought", CALL_OPEN: "call"}.get(marker, "stopped")
+            self._thought, self._call = _Thought(), [""]
+            return events + ([Event("stop")] if self._state == "stopped" else [])
+        return []
+
+    def end(self) -> list[Event]:
+        """No more will come."""
+        return self._end_call(complete=False)
+
+    def result(self) -> Parsed:
+        malformed = [*self._malformed, *([QUOTE.join(self._call)] if self._state == "call" else [])]
+        thought, answer = "".join(self._thoughts), "".join(self._answer)
+        return Parsed(thought, list(self._calls), answer, malformed, self._state == "stopped")
+
+    def _emit(self, kind: EventKind, pieces: list[str], piece: str) -> list[Event]:
+        if not piece:
+            return []
+        pieces.append(piece)
+        return [Event(kind, piece)]
+
+    def _end_call(self, complete: bool) -> list[Event]:
+        """Leaves the state `call`: a complete, well-formed call is kept, anything else goes to `malformed`."""
+        if self._state != "call":
+            return []
+        self._state = "answer"
+        call = read_call(self._call) if complete else None
+        if call is None:
+            self._malformed.append(QUOTE.join(self._call))
+            return [Event("malformed", self._malformed[-1])]
+        self._calls.append(call)
+        return [Event("tool_call", call=call)]
 
 
-def _without_header(thought: str) -> str:
-    """A thought without the channel's name in its first line; nothing while that line is still being written."""
-    name, newline, rest = thought.partition("\n")
-    if not newline and "thought".startswith(name):
-        return ""
-    return (rest if name.strip() == "thought" else thought).strip()
+class _Trimmed:
+    """A text without the white space around it, as it comes: space is held back until something follows it."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self._space = ""
+
+    def feed(self, text: str) -> str:
+        text = self._space + text if self.begun else text.lstrip()
+        piece = text.rstrip()
+        self._space = text[len(piece) :]
+        self.begun = self.begun or bool(piece)
+        return piece
 
 
-def read_call(parts: Sequence[str]) -> dict[str, Any] | None:
-    """A tool call from its text, cut at the quote tokens; None when it is malformed.
+class _Thought:
+    """A thought without the channel's name in its first line, trimmed; nothing while that line may still be the name."""
 
-    `["call:f{a:", "x", ",n:1}"]` gives `{"name": "f", "arguments": {"a": "x", "n": 1}}`.
-    """
-    name, brace, rest = parts[0].partition("{")
-    if not name.startswith("call:") or not brace or len(parts) % 2 == 0:
-        return None
-    reader = _Reader(["{" + rest, *parts[1:]])
-    try:
-        arguments = reader.value()
-    except _SyntaxError:
-        return None
-    return {"name": name.removeprefix("call:").strip(), "arguments": arguments} if reader.at_end() else None
+    def __init__(self) -> None:
+        self._line: str | None = ""
+        self._trimmed = _Trimmed()
 
+    @property
+    def begun(self) -> bool:
+        """Some text has come out."""
+        return self._trimmed.begun
 
-class _SyntaxError(Exception):
-    """The text is not in the argument notation."""
-
-
-class _Reader:
-    """Recursive descent over the argument notation; `tokens` are (kind, text) with kind string, word or a punctuation mark."""
-
-    def __init__(self, parts: Sequence[str]) -> None:
-        self._tokens: list[tuple[str, str]] = []
-        for place, part in enumerate(parts):
-            if place % 2:
-                self._tokens.append(("string", part))
-            else:
-                found = re.findall(r"[{}\[\]:,]|[^{}\[\]:,]+", part)
-                tokens = ((text if text in "{}[]:," else "word", text) for text in found)
-                self._tokens.extend((kind, text.strip()) for kind, text in tokens if text.strip())
-        self._next = 0
-
-    def at_end(self) -> bool:
-        return self._next == len(self._tokens)
-
-    def value(self) -> Any:
-        """A string, word, list or mapping."""
-        kind, text = self._take()
-        if kind == "string":
-            return text
-        if kind == "word":
-            return read_word(text)
-        if kind == "[":
-            return self._list()
-        if kind == "{":
-            return self._mapping()
-        raise _SyntaxError
-
-    def _list(self) -> list[Any]:
-        items: list[Any] = []
-        while not self._closes("]", bool(items)):
-            items.append(self.value())
-        return items
-
-    def _mapping(self) -> dict[str, Any]:
-        pairs: dict[str, Any] = {}
-        while not self._closes("}", bool(pairs)):
-            kind, key = self._take()
-            if kind not in ("word", "string") or self._take()[0] != ":":
-                raise _SyntaxError
-            pairs[key] = self.value()
-        return pairs
-
-    def _closes(self, bracket: str, comma: bool) -> bool:
-        """Takes the closing bracket if it is next; otherwise, after the first item, takes the comma."""
-        if self._next < len(self._tokens) and self._tokens[self._next][0] == bracket:
-            self._next += 1
-            return True
-        if comma and self._take()[0] != ",":
-            raise _SyntaxError
-        return False
-
-    def _take(self) -> tuple[str, str]:
-        if self.at_end():
-            raise _SyntaxError
-        self._next += 1
-        return self._tokens[self._next - 1]
-
-
-def read_word(word: str) -> Any:
-    """An unquoted value: true, false, null (the template writes None), a number, or else the word itself."""
-    if word in WORDS:
-        return WORDS[word]
-    if re.fullmatch(r"[+-]?\d+", word):
-        return int(word)
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word):
-        return float(word)
-    return word
+    def feed(self, text: str) -> str:
+        if self._line is not None:
+            self._line += text
+            name, newline, rest = self._line.partition("\n")
+            if not newline and HEADER.startswith(name.strip()):
+                return ""
+            text = rest if name.strip() == HEADER else self._line
+            self._line = None
+        return self._trimmed.feed(text)

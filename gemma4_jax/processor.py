@@ -151,6 +151,10 @@ class Processor:
         """Thought, tool calls and answer of generated ids."""
         return chat_parse.parse(ids, self.tokenizer)
 
+    def stream_parser(self) -> chat_parse.StreamParser:
+        """A parser of ids as they are generated: `feed` them, get events."""
+        return chat_parse.StreamParser(self.tokenizer)
+
 
 def _check_no_media(messages: Sequence[Mapping[str, Any]]) -> None:
     """Raises ChatError for an image, audio or video part."""
