@@ -37,6 +37,11 @@ class Embedding(nnx.Module):
         """The whole table as its grid holds it."""
         return self._round(self.w[...])
 
+    def encoded(self) -> tuple[jax.Array, jax.Array]:
+        """What a file holds of a table with a grid: int8 codes [V, width] and scales [V, blocks]; decoded, `rounded()`."""
+        assert self.grid is not None
+        return self.grid.encode(self.w[...], -1)
+
     def head(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """The rounded table in `dtype`, as hidden states are multiplied by it."""
         if self.grid is None or current_mesh() is None:

@@ -24,6 +24,10 @@ class Grid(Protocol):
         """w rounded to the grid, blocks along `axis`, straight-through gradient; shape and dtype of w."""
         ...
 
+    def encode(self, w: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+        """int8 codes of w's shape and scales, one per block along `axis`."""
+        ...
+
 
 def variable_dims(*groups: Dims) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Names and shape of a variable whose dims are the groups one after the other."""
@@ -55,9 +59,20 @@ class Weight(nnx.Module):
         assert w is not None
         if self.grid is None:
             return w
+        return self.grid.fake_quant(self.as_matrix(w), axis=-2).reshape(w.shape)
+
+    def encoded(self) -> tuple[jax.Array, jax.Array]:
+        """What a file holds of a weight with a grid: int8 codes [*stack, inputs, outputs] and scales [*stack, blocks, outputs].
+
+        Decoded they are `rounded()`, bit for bit in float32.
+        """
+        assert self.grid is not None
+        return self.grid.encode(self.as_matrix(self.w[...]), -2)
+
+    def as_matrix(self, w: jax.Array) -> jax.Array:
+        """An array of the weight's shape as [*stack, inputs, outputs]."""
         cut = w.ndim - self.n_in - self.n_out
-        flat = w.reshape(*w.shape[:cut], math.prod(w.shape[cut : cut + self.n_in]), -1)
-        return self.grid.fake_quant(flat, axis=-2).reshape(w.shape)
+        return w.reshape(*w.shape[:cut], math.prod(w.shape[cut : cut + self.n_in]), -1)
 
 
 M = TypeVar("M", bound=nnx.Module)
