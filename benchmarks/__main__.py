@@ -4,27 +4,36 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.train import MODELS, compare
+from benchmarks.train import MODELS, PEERS, compare
 from gemma4_jax.errors import UserError
 
 
 def main() -> None:
     """Exits with 1 and the reason on stderr if the comparison is not valid."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="SFT steps beside transformers on torch.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="SFT steps beside those of peers.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, not how fast")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument("--steps", type=int, choices=range(1, 100), metavar="N", default=5, help="timed, by each side")
-    parser.add_argument("--peer-python", type=Path, metavar="PATH", help="of an environment with transformers")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"a peer and the bin/python of its environment, as often as wanted; NAME: {', '.join(PEERS)}",
+    )
     parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
     options = parser.parse_args()
     parity = sorted(Path(__file__).parents[1].glob(".venv-parity-*/bin/python"))
-    peer: Path | None = options.peer_python or (parity[-1] if parity else None)
-    if peer is None:
-        print("Without transformers: there is no .venv-parity-*. `make parity` makes it; --peer-python names another.")
-    elif not peer.is_file():
-        parser.error(f"--peer-python {peer} does not exist; name the bin/python of an environment with transformers")
+    peers = {"transformers": parity[-1]} if parity else {}
+    for text in options.peer:
+        name, _, python = text.partition("=")
+        if name not in PEERS or not Path(python).is_file():
+            parser.error(f"--peer wants NAME=PYTHON, NAME of {', '.join(PEERS)} and PYTHON a file; got {text!r}")
+        peers[name] = Path(python)
+    if "transformers" not in peers:
+        print("Without transformers: there is no .venv-parity-*. `make parity` makes it; --peer names another.")
     try:
-        compare(options.models, quick=options.quick, steps=options.steps, peer=peer, save=options.save)
+        compare(options.models, quick=options.quick, steps=options.steps, peers=peers, save=options.save)
     except UserError as error:
         sys.exit(f"benchmarks: {error}")
 

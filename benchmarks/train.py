@@ -1,4 +1,4 @@
-"""The time of an SFT step, forward, backward and AdamW in float32, beside transformers on the same weights and tokens."""
+"""The time of an SFT step, forward, backward and AdamW in float32, beside peers on the same weights and tokens."""
 
 import contextlib
 import json
@@ -25,26 +25,31 @@ _EXPERTS = dict(intermediate_size=768, num_experts=32, top_k_experts=8, moe_inte
 MODELS = {"dense": ("e4b", _BOTH | _DENSE), "moe": ("26b_a4b", _BOTH | _HEADS | _EXPERTS)}
 """A variant and what makes it small: 112 and 137 million parameters beside the embeddings."""
 _QUICK = dict(vocab_size=512, hidden_size=64, head_dim=16, global_head_dim=32, sliding_window=16)
+PEERS = {
+    "transformers": "benchmarks.peer_transformers",
+    "tunix": "benchmarks.peer_tunix",
+    "gemma": "benchmarks.peer_gemma",
+}
+"""What a peer is called on the command line, and its side."""
 TOLERANCE = 1e-4
 """Relative difference of the first losses: rounding in float32 gives about 1e-7, another model or batch 1e-2."""
 
 
-def compare(names: list[str], *, quick: bool, steps: int, peer: Path | None, save: bool) -> None:
-    """Prints one table and the ratios; UserError if the two sides do not compute the same loss."""
+def compare(names: list[str], *, quick: bool, steps: int, peers: dict[str, Path], save: bool) -> None:
+    """Prints one table and the ratios to each peer (name -> its Python); UserError if two sides differ in their loss."""
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     busy = "; TOO BUSY for the numbers to mean much" * (load > 0.75 * cores)
     print(f"{cores} cores, load average {load:.2f}{busy}", flush=True)
     sides = {"gemma4_jax": (sys.executable, "benchmarks.ours")}
-    if peer:
-        sides["transformers"] = (str(peer.absolute()), "benchmarks.peer_transformers")
+    sides |= {name: (str(python.absolute()), PEERS[name]) for name, python in peers.items()}
     records, notes = [], []
     for name in names:
         command = f"python -m benchmarks{' --quick' * quick} --models {name} --steps {steps}"
-        command += " --peer-python PATH" * (peer is not None)
+        command += "".join(f" --peer {peer}=PYTHON" for peer in peers)
         found = [{"by": by, "command": command, **record} for by, record in _measure(name, quick, steps, sides).items()]
-        seconds = [record["median_s"] for record in found]
-        ratio = f"{seconds[1] / seconds[0]:.2f} times as fast as transformers" if peer else "not compared"
-        notes.append(f"{name}: {ratio}; {command}")
+        ours, *others = found
+        ratios = [f"{other['median_s'] / ours['median_s']:.2f} times as fast as {other['by']}" for other in others]
+        notes.append(f"{name}: {', '.join(ratios) or 'not compared'}; {command}")
         records += found
     notes += dict.fromkeys(f"{record['by']}: {record['version']}" for record in records)
     header = ("model", "parameters", "by", "median s", "best s", "tokens/s", "first s", "first loss", "last loss", "GB")
@@ -71,11 +76,13 @@ def _measure(name: str, quick: bool, steps: int, sides: dict[str, tuple[str, str
         np.save(checkpoint / "tokens.npy", tokens)
         step = {by: stack.enter_context(worker(*side, checkpoint)) for by, side in sides.items()}
         answers = {by: [step[by]()] for by in sides}
-        ours, *others = [first["loss"] for (first,) in answers.values()]
-        if not all(abs(ours - loss) <= TOLERANCE * abs(loss) for loss in others):  # NaN fails too
-            raise UserError(
-                f"{name}: the first loss is {ours:.6f} here and {others[0]:.6f} there; both must be the same."
-            )
+        losses = {by: first["loss"] for by, (first,) in answers.items()}
+        ours = losses["gemma4_jax"]
+        for by, loss in losses.items():
+            if not abs(ours - loss) <= TOLERANCE * abs(loss):  # NaN fails too
+                raise UserError(
+                    f"{name}: the first loss is {ours:.6f} here and {loss:.6f} in {by}; it must be the same."
+                )
         for turn in range(steps):
             for by in list(sides)[:: 1 if turn % 2 else -1]:
                 step[by]()
