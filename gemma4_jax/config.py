@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from gemma4_jax.config_media import TOWERS, AudioConfig, VisionConfig
 from gemma4_jax.errors import UserError, did_you_mean
 
 LayerKind = Literal["sliding", "full"]
@@ -52,10 +53,11 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The text model of one Gemma 4 variant; hashable, so it can be a static argument of jit.
+    """One Gemma 4 variant: the text model, and its towers where it has them; hashable, so a static argument of jit.
 
     `global_head_dim` and `num_global_key_value_heads` belong to the full-attention layers, `head_dim` and
-    `num_key_value_heads` to the sliding ones. `layer_period` is the distance between full layers.
+    `num_key_value_heads` to the sliding ones. `layer_period` is the distance between full layers. A model has a vision or
+    audio tower exactly if `vision` or `audio` is not None.
     """
 
     hidden_size: int
@@ -86,6 +88,8 @@ class ModelConfig:
     pad_token_id: int = 0
     eos_token_id: int = 1
     bos_token_id: int = 2
+    vision: VisionConfig | None = None
+    audio: AudioConfig | None = None
 
     def __post_init__(self):
         if self.vocab_size_per_layer_input is None:
@@ -119,15 +123,18 @@ class ModelConfig:
             raise UserError(f"top_k_experts={self.top_k_experts} must lie in 1..num_experts={self.num_experts}.")
 
     @classmethod
-    def variant(cls, name: str, **overrides: Any) -> "ModelConfig":
-        """A published variant (`e2b e4b 26b_a4b 31b`) or its tiny twin (`tiny_e2b` ...), with fields replaced."""
+    def variant(cls, name: str, *, multimodal: bool = False, **overrides: Any) -> "ModelConfig":
+        """A published variant (`e2b e4b 26b_a4b 31b`) or its tiny twin (`tiny_e2b` ...), with fields replaced.
+
+        `multimodal` adds the variant's vision and audio towers; without them it is the text model.
+        """
         if name not in VARIANTS:
             raise UserError(f"Unknown model variant {name!r}; {did_you_mean(name, VARIANTS)}")
         known = {f.name for f in dataclasses.fields(cls)}
         for key in overrides:
             if key not in known:
                 raise UserError(f"ModelConfig has no field {key!r}; {did_you_mean(key, known)}")
-        return cls(**{**VARIANTS[name], **overrides})
+        return cls(**{**VARIANTS[name], **(TOWERS[name] if multimodal else {}), **overrides})
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -137,10 +144,24 @@ class ModelConfig:
         return from_hf(config)
 
     def to_hf(self, *, dtype: str = "bfloat16", spelling: Literal["new", "old"] = "new") -> dict[str, Any]:
-        """The text-only config.json (`Gemma4ForCausalLM`) that transformers reads."""
+        """The config.json that transformers reads: `Gemma4ForConditionalGeneration` with towers, else `Gemma4ForCausalLM`."""
         from gemma4_jax.config_hf import to_hf
 
         return to_hf(self, dtype=dtype, spelling=spelling)
+
+    def text_only(self) -> "ModelConfig":
+        """The same text model without towers."""
+        return dataclasses.replace(self, vision=None, audio=None)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """Whether there is a tower."""
+        return self.vision is not None or self.audio is not None
+
+    @property
+    def sees_ahead(self) -> bool:
+        """Whether tokens of an image see the whole image in sliding layers (26B, 31B)."""
+        return self.vision is not None and self.use_bidirectional_attention == "vision"
 
     def kv_heads(self, kind: LayerKind) -> int:
         """Key/value heads of a layer of this kind."""

@@ -8,6 +8,7 @@ Source: transformers 5.23, models/gemma4/configuration_gemma4.py.
 from collections.abc import Mapping
 from typing import Any
 
+from gemma4_jax import config_media
 from gemma4_jax.config import ModelConfig, Rope
 from gemma4_jax.errors import UserError
 
@@ -31,7 +32,7 @@ _OPTIONAL = {
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """ModelConfig of a config.json's text part; UserError names a missing, wrong or unsupported key."""
+    """ModelConfig of a config.json, towers included; UserError names a missing, wrong or unsupported key."""
     model_type = config.get("model_type")
     if model_type not in ("gemma4", "gemma4_text"):
         raise UserError(f"config.json has model_type {model_type!r}; wanted 'gemma4' or 'gemma4_text'.")
@@ -57,11 +58,28 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         value = value[0] if isinstance(value, list) and value else value
         if value is not None:
             fields[key] = value
-    return ModelConfig(**fields)
+    towers = config_media.from_hf(config) if model_type == "gemma4" else {}
+    return ModelConfig(**fields, **towers)
 
 
 def to_hf(cfg: ModelConfig, *, dtype: str, spelling: str) -> dict[str, Any]:
-    """A text-only config.json; `spelling` is 'new' (per_layer_config) or 'old' (global_* keys)."""
+    """A config.json; `spelling` is 'new' (per_layer_config) or 'old' (global_* keys)."""
+    text = _text_to_hf(cfg, dtype=dtype, spelling=spelling)
+    if not cfg.is_multimodal:
+        return text
+    del text["architectures"]
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "dtype": dtype,
+        "tie_word_embeddings": True,
+        "text_config": text,
+        **config_media.to_hf(cfg.vision, cfg.audio),
+    }
+
+
+def _text_to_hf(cfg: ModelConfig, *, dtype: str, spelling: str) -> dict[str, Any]:
+    """The text model alone, as `Gemma4ForCausalLM` has it."""
     out: dict[str, Any] = {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "dtype": dtype}
     out |= {key: getattr(cfg, key) for key in (*_SAME_NAME, *_OPTIONAL)}
     out |= {key: getattr(cfg, key) for key in ("pad_token_id", "eos_token_id", "bos_token_id")}

@@ -36,23 +36,27 @@ class Span(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What decides who sees whom: positions (-1 = padding) and optional segment ids, all int32."""
+    """What decides who sees whom: positions (-1 = padding) and optional segment ids, all int32.
+
+    `q_last_BT` is the last position each query sees, its own or later: the end of the image it belongs to. None: its own.
+    """
 
     q_pos_BT: jax.Array
     k_pos_BS: jax.Array
     q_seg_BT: jax.Array | None
     k_seg_BS: jax.Array | None
+    q_last_BT: jax.Array | None = None
 
 
-def causal_spans(length: int, rows: int) -> tuple[Span, ...]:
-    """Spans for queries that see nothing after their own slot: at most GROUPS groups, whose keys end with the group.
+def causal_spans(length: int, rows: int, ahead: int = 0) -> tuple[Span, ...]:
+    """Spans for queries that see at most `ahead` slots after their own: at most GROUPS groups, whose keys end so far behind.
 
     8 groups do 9/16 of the products of a full [length, length] matrix (the half that is needed would be 8/16).
     """
     whole, rest = divmod(length, rows)
     groups = min(GROUPS, whole)
     edges = [whole * g // groups for g in range(groups + 1)] if groups else []
-    spans = [Span(a * rows, rows, b - a, 0, 0, b * rows) for a, b in itertools.pairwise(edges)]
+    spans = [Span(a * rows, rows, b - a, 0, 0, min(length, b * rows + ahead)) for a, b in itertools.pairwise(edges)]
     if rest:
         spans.append(Span(whole * rows, rest, 1, 0, 0, length))
     return tuple(spans)
@@ -176,7 +180,8 @@ def _bias(labels: Labels, span: Span, q_at: Index, k_at: Index, window: int | No
     """0 where a query sees a key, HIDDEN elsewhere; float32 [B, rows, k_len]."""
     q = read(labels.q_pos_BT, q_at, span.rows, 1)[:, :, None]
     k = read(labels.k_pos_BS, k_at, span.k_len, 1)[:, None, :]
-    visible = (q >= 0) & (k >= 0) & (k <= q)
+    last = q if labels.q_last_BT is None else read(labels.q_last_BT, q_at, span.rows, 1)[:, :, None]
+    visible = (q >= 0) & (k >= 0) & (k <= last)
     if window is not None:
         visible &= k > q - window
     if labels.q_seg_BT is not None and labels.k_seg_BS is not None:

@@ -6,10 +6,11 @@ of the machine that traces it.
 cuDNN's fused attention is not in the table. It takes heads up to 256 only, and it would have to know when tracing that
 there is neither packing nor padding, which stand in arrays here; GPUs run the XLA kernels.
 
-Bidirectional attention inside an image (sliding layers of 26B and 31B; the block sees forward, the window still bounds
-what lies behind) fits all three: an image is a run of slots, so each query gets, next to its slot, the slot where its
-run ends, and "key slot <= query slot" becomes "key slot <= end of run". For splash that is one more array beside
-`q_sequence` and a schedule that looks `longest image` slots ahead; for the XLA kernels one more label and wider spans.
+Bidirectional attention inside an image (sliding layers of 26B and 31B; the image sees forward, the window still bounds
+what lies behind): an image is a run of slots, so each query gets, next to its position, that of the end of its run, and "key
+<= query" becomes "key <= end of run". For the XLA kernels that is one more label and wider spans. Splash's mask is a
+function of slots, known when compiling, and has no room for it: sliding layers of a sequence with images run the XLA kernels
+on TPU too, full layers and all text run splash.
 """
 
 import dataclasses
@@ -22,7 +23,8 @@ class Shape:
     """What one device computes: queries and keys it holds (halo or gathered keys included), head dim, window.
 
     `aligned`: keys and queries are tokens of one sequence in slots, so that a query sees nothing after its own slot.
-    Keys may begin before the queries (a halo) or be those of the whole sequence.
+    Keys may begin before the queries (a halo) or be those of the whole sequence. `ahead`: slots after its own that a query
+    may see, as many as the longest image has.
     """
 
     length: int
@@ -30,6 +32,7 @@ class Shape:
     head_dim: int
     window: int | None
     aligned: bool
+    ahead: int = 0
 
 
 class Kernel(NamedTuple):
@@ -45,7 +48,7 @@ def _has_band(x: Shape) -> bool:
     """Whether the window leaves keys out in a way that is known when tracing: on one device, or with a whole halo."""
     if x.window is None:
         return False
-    return x.length > x.window if x.keys == x.length else x.keys - x.length >= x.window - 1
+    return x.length > x.window if x.keys == x.length else not x.ahead and x.keys - x.length >= x.window - 1
 
 
 EVERYWHERE = ("tpu", "cuda", "rocm", "cpu")
@@ -54,7 +57,7 @@ KERNELS = (
     Kernel(
         "splash",
         ("tpu",),
-        lambda x: x.aligned and x.head_dim % 128 == 0 and x.length % 128 == 0 and x.keys % 128 == 0,
+        lambda x: x.aligned and not x.ahead and x.head_dim % 128 == 0 and x.length % 128 == 0 and x.keys % 128 == 0,
         "Pallas; visits only blocks that causality and the window leave",
     ),
     Kernel(

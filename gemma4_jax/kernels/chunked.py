@@ -20,6 +20,7 @@ def chunked_attention(
     k_pos_BS: jax.Array,
     q_seg_BT: jax.Array | None = None,
     k_seg_BS: jax.Array | None = None,
+    q_last_BT: jax.Array | None = None,
     *,
     window: int | None = None,
     chunk: int = CHUNK,
@@ -28,14 +29,15 @@ def chunked_attention(
 
     When T == S the keys must be those of the queries, in the same slots, positions growing with the slot inside each
     segment (padding, position -1, may stand anywhere). When T != S (decoding, prefill into a cache) keys may lie in
-    any order, a ring included, and all of them are looked at. With `window` the mask is applied but no work is saved:
-    `sequence.sequence_attention` is for that.
+    any order, a ring included, and all of them are looked at; so they are with `q_last_BT` (`Labels`). With `window` the mask
+    is applied but no work is saved: `sequence.sequence_attention` is for that.
     """
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 query, got {chunk}")
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    spans = causal_spans(length, chunk) if length == keys else full_spans(length, keys, chunk)
-    labels = Labels(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS)
+    aligned = length == keys and q_last_BT is None
+    spans = causal_spans(length, chunk) if aligned else full_spans(length, keys, chunk)
+    labels = Labels(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, q_last_BT)
     return blockwise_attention(q_BTNH, k_BSKH, v_BSKH, labels, spans=spans, window=window)
 
 

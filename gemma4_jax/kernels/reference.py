@@ -13,16 +13,19 @@ def visible_pairs(
     k_pos_BS: jax.Array,
     q_seg_BT: jax.Array | None = None,
     k_seg_BS: jax.Array | None = None,
+    q_last_BT: jax.Array | None = None,
     *,
     window: int | None,
 ) -> jax.Array:
     """Which query sees which key: bool [B, T, S].
 
-    A key is seen if neither side is padding (position -1), it is not later than the query, it is one of the last
-    `window` positions including the query's own, and both carry the same segment id (when segments are given).
+    A key is seen if neither side is padding (position -1), it is not later than the query (than `q_last_BT`, if given), it is
+    one of the last `window` positions including the query's own or a later one, and both carry the same segment id (when
+    segments are given).
     """
     q, k = q_pos_BT[:, :, None], k_pos_BS[:, None, :]
-    visible = (q >= 0) & (k >= 0) & (k <= q)
+    last = q if q_last_BT is None else q_last_BT[:, :, None]
+    visible = (q >= 0) & (k >= 0) & (k <= last)
     if window is not None:
         visible &= k > q - window
     if q_seg_BT is not None and k_seg_BS is not None:
@@ -38,6 +41,7 @@ def attention(
     k_pos_BS: jax.Array,
     q_seg_BT: jax.Array | None = None,
     k_seg_BS: jax.Array | None = None,
+    q_last_BT: jax.Array | None = None,
     *,
     window: int | None,
 ) -> jax.Array:
@@ -48,7 +52,7 @@ def attention(
     groups = q_BTNH.shape[2] // k_BSKH.shape[2]
     k_BSNH = jnp.repeat(k_BSKH, groups, axis=2).astype(jnp.float32)
     v_BSNH = jnp.repeat(v_BSKH, groups, axis=2).astype(jnp.float32)
-    visible = visible_pairs(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, window=window)[:, None, :, :]
+    visible = visible_pairs(q_pos_BT, k_pos_BS, q_seg_BT, k_seg_BS, q_last_BT, window=window)[:, None, :, :]
     scores = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH.astype(jnp.float32), k_BSNH)
     scores = jnp.where(visible, scores, -1e30)
     probabilities = jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0.0)

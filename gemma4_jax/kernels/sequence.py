@@ -27,10 +27,11 @@ PADDING = int(np.iinfo(np.int32).min)
 
 
 class Place(NamedTuple):
-    """Where the queries stand among the keys: the window, and `starts` as in `splash.py`."""
+    """Where the queries stand among the keys: the window, `starts` as in `splash.py`, and how many slots ahead they see."""
 
     window: int | None
     starts: Starts
+    ahead: int = 0
 
 
 def sequence_attention(
@@ -42,6 +43,7 @@ def sequence_attention(
     window: int | None,
     starts: Starts = ((0,),),
     device: jax.Array | None = None,
+    ahead: int = 0,
 ) -> jax.Array:
     """Same numbers as `reference.attention` for the tokens of one sequence and its keys; [B, T, N, H], zeros for padding.
 
@@ -49,6 +51,7 @@ def sequence_attention(
     consecutive slots with positions growing by one. Padding (position -1) may stand before, after or between segments;
     T is any length. Then a distance in positions is a distance in slots, and a window is a band of the matrix.
     Keys may be more than queries: `starts[device]` gives the key slot of the first query of each of its pieces.
+    `labels.q_last_BT` may lie up to `ahead` positions after the query's own; splash does not know it, so XLA's kernels run.
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     if keys != length and starts == ((0,),):
@@ -58,7 +61,9 @@ def sequence_attention(
         )
     if window is not None and window < 1:
         raise ValueError(f"window counts the query itself and must be at least 1, got {window}")
-    return _attend(Place(window, starts), q_BTNH, k_BSKH, v_BSKH, labels, device)
+    if (labels.q_last_BT is None) != (ahead == 0):
+        raise ValueError(f"labels.q_last_BT and ahead go together, got {labels.q_last_BT} and {ahead}")
+    return _attend(Place(window, starts, ahead), q_BTNH, k_BSKH, v_BSKH, labels, device)
 
 
 def spans(place: Place, length: int, keys: int) -> tuple[Span, ...]:
@@ -67,13 +72,13 @@ def spans(place: Place, length: int, keys: int) -> tuple[Span, ...]:
     Where a query stands is known here only if every device has its queries in the same slots; else each block of
     queries looks at all keys, and positions hide those after it.
     """
-    window, starts = place
+    window, starts, ahead = place
     if keys == length:
         if window is None or length <= window:
-            return causal_spans(length, chunked.CHUNK)
-        return banded_spans(length, window, block_rows(window))
+            return causal_spans(length, chunked.CHUNK, ahead)
+        return banded_spans(length, window, block_rows(window), ahead)
     firsts = [slot for device in starts for slot in device]
-    if window is None or len(firsts) > 1 or firsts[0] < window - 1:
+    if window is None or ahead or len(firsts) > 1 or firsts[0] < window - 1:
         return chunked.full_spans(length, keys, chunked.CHUNK)
     first = firsts[0] - (window - 1)
     rows = min(length, block_rows(window))
@@ -99,7 +104,7 @@ def _primal(place: Place, q, k, v, labels: Labels, device) -> jax.Array:
     blocks = spans(place, q.shape[1], k.shape[1])
 
     def splash(q, k, v, labels, device):
-        out, _ = splash_forward(q, k, v, *_ids(labels), *place, device, residuals=False)
+        out, _ = splash_forward(q, k, v, *_ids(labels), place.window, place.starts, device, residuals=False)
         return _only_tokens(out, labels)
 
     def xla(q, k, v, labels, device):
@@ -112,7 +117,7 @@ def _forward(place: Place, q, k, v, labels: Labels, device) -> tuple[jax.Array, 
     blocks = spans(place, q.shape[1], k.shape[1])
 
     def splash(q, k, v, labels, device):
-        out, lse = splash_forward(q, k, v, *_ids(labels), *place, device)
+        out, lse = splash_forward(q, k, v, *_ids(labels), place.window, place.starts, device)
         return _only_tokens(out, labels), lse
 
     def xla(q, k, v, labels, device):
@@ -128,7 +133,8 @@ def _backward(place: Place, residuals: tuple, d_out: jax.Array) -> tuple:
     blocks = spans(place, q.shape[1], k.shape[1])
 
     def splash(q, k, v, labels, device, out, lse, d_out):
-        return splash_backward(q, k, v, *_ids(labels), out, lse, _only_tokens(d_out, labels), *place, device)
+        d_out = _only_tokens(d_out, labels)
+        return splash_backward(q, k, v, *_ids(labels), out, lse, d_out, place.window, place.starts, device)
 
     def xla(q, k, v, labels, device, out, lse, d_out):
         q, out, lse, d_out = (_grouped(x, k.shape[2]) for x in (q, out, lse, d_out))
@@ -145,7 +151,8 @@ _attend.defvjp(_forward, _backward)
 
 def _by_platform(place: Place, splash: Callable, xla: Callable, q_BTNH: jax.Array, k_BSKH: jax.Array, *rest):
     """One of the two functions of the arrays; the program is lowered with the one that the table names."""
-    shape = Shape(q_BTNH.shape[1] // len(place.starts[0]), k_BSKH.shape[1], q_BTNH.shape[3], place.window, aligned=True)
+    length = q_BTNH.shape[1] // len(place.starts[0])
+    shape = Shape(length, k_BSKH.shape[1], q_BTNH.shape[3], place.window, aligned=True, ahead=place.ahead)
     if kernel_choice("tpu", shape) != "splash":
         return xla(q_BTNH, k_BSKH, *rest)
     return jax.lax.platform_dependent(q_BTNH, k_BSKH, *rest, tpu=splash, default=xla)
