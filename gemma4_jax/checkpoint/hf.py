@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,11 +48,28 @@ def load_hf(
     Raises:
       UserError: anything wrong with the directory, in one sentence with the names.
     """
-    dtype, compute_dtype = dtype_name(dtype), dtype_name(compute_dtype)
+    cfg, stored = stored_tensors(path, text_only)
+    return assemble(cfg, stored, dtype=dtype, compute_dtype=compute_dtype, shardings=shardings)
+
+
+def stored_tensors(path: str | Path, text_only: bool = False) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The config of a directory without quantisation and its text tensors by the names of `names.table`; see `load_hf`."""
     directory = checkpoint_directory(path)
     cfg = read_config(directory)
-    stored = _text_tensors(directory, cfg, tensors_of(directory), text_only)
-    pieces: dict[str, list[tuple[Entry, Tensor]]] = {}
+    return cfg, text_tensors(directory, cfg, tensors_of(directory), text_only)
+
+
+def assemble(
+    cfg: ModelConfig,
+    stored: Mapping[str, Any],
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    compute_dtype: jax.typing.DTypeLike | None = None,
+    shardings: Shardings = default_device,
+) -> Transformer:
+    """The model made of tensors that are read by blocks of rows (`source.Rows`, by the names of `names.table`)."""
+    dtype, compute_dtype = dtype_name(dtype), dtype_name(compute_dtype)
+    pieces: dict[str, list[tuple[Entry, Any]]] = {}
     for name, entry in names.table(cfg).items():
         pieces.setdefault(entry.parameter, []).append((entry, stored[name]))
     dtypes = {parameter: _dtype(parts, dtype) for parameter, parts in pieces.items()}
@@ -177,7 +194,7 @@ def read_config(directory: Path) -> ModelConfig:
         raise UserError(f"{path} describes no Gemma 4 model ({type(error).__name__}: {error}).") from error
 
 
-def _text_tensors(directory: Path, cfg: ModelConfig, stored: dict[str, Tensor], text_only: bool) -> dict[str, Tensor]:
+def text_tensors(directory: Path, cfg: ModelConfig, stored: dict[str, Tensor], text_only: bool) -> dict[str, Tensor]:
     """The text model's tensors without prefix: exactly those of the table, in the right shapes."""
     towers = [name for name in stored if name.startswith(names.TOWERS)]
     if towers and not text_only:
@@ -209,7 +226,7 @@ def _refuse_untied(directory: Path, head: Tensor, embed: Tensor) -> None:
         raise UserError(f"{directory} stores {head.name} with other values than {embed.name}; Gemma 4's head is tied.")
 
 
-def _dtype(parts: Sequence[tuple[Entry, Tensor]], wanted: str | None) -> np.dtype:
+def _dtype(parts: Sequence[tuple[Entry, Any]], wanted: str | None) -> np.dtype:
     """The dtype of a parameter made of these tensors."""
     if wanted is not None:
         return jnp.dtype(wanted)

@@ -1,12 +1,14 @@
-"""`load`: a model from whatever directory holds one."""
+"""`load`: a model from whatever file or directory holds one."""
 
 import os
+from pathlib import Path
 
 import jax
 
-from gemma4_jax.checkpoint.hf import checkpoint_directory, load_hf, read_config
+from gemma4_jax.checkpoint.hf import checkpoint_directory, load_hf, read_config, stored_tensors
 from gemma4_jax.checkpoint.placement import Which, default_device
 from gemma4_jax.checkpoint.shards import INDEX, SINGLE
+from gemma4_jax.checkpoint.source import Source
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.transformer import Transformer
@@ -22,10 +24,13 @@ def load(
     mesh: jax.sharding.Mesh | None = None,
     step: Which = "latest",
 ) -> Transformer:
-    """The model in a Hugging Face directory, one of our model directories, a training step, or a training run.
+    """The model in a Hugging Face directory, a GGUF file, one of our model directories, a training step, or a training run.
+
+    A quantised checkpoint (GGUF; compressed-tensors and mobile directories) gives the weights it decodes to, and the grids they
+    lie on, so that more training and new exports are exact; where a file's weights lie on no grid of ours, a log says so.
 
     Args:
-      path: the directory.
+      path: the directory, or a .gguf file.
       dtype: of the parameters; None: as stored.
       compute_dtype: what layers compute in; None: `dtype`, else as stored.
       text_only: leave out the vision and audio towers of a Hugging Face checkpoint; without it they are an error.
@@ -37,6 +42,10 @@ def load(
     """
     text = os.fspath(path)
     shardings = default_device if mesh is None else parameter_shardings(mesh)
+    if is_gguf(text):
+        from gemma4_jax.checkpoint.gguf import load_gguf
+
+        return load_gguf(Path(text), dtype=dtype, compute_dtype=compute_dtype, shardings=shardings)
     if not _is_ours(text):
         return load_hf(text, dtype=dtype, compute_dtype=compute_dtype, text_only=text_only, shardings=shardings)
     from gemma4_jax.checkpoint import store  # Orbax takes a second to import
@@ -47,11 +56,45 @@ def load(
 def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     """The config of the model that `load` would load, without reading a weight."""
     text = os.fspath(path)
+    if is_gguf(text):
+        from gemma4_jax.checkpoint.gguf import read_gguf
+
+        return read_gguf(Path(text)).cfg
     if not _is_ours(text):
         return read_config(checkpoint_directory(text))
     from gemma4_jax.checkpoint import store
 
     return store.config_of(store.read_model_meta(text))
+
+
+def source(path: str | os.PathLike[str], *, text_only: bool = False, step: Which = "latest") -> Source:
+    """What `load` would load, tensor by tensor and not in memory; for exports and conversions."""
+    text = os.fspath(path)
+    if is_gguf(text):
+        from gemma4_jax.checkpoint.gguf import gguf_source
+
+        return gguf_source(Path(text))
+    if not _is_ours(text):
+        return hf_source(text, text_only)
+    from gemma4_jax.checkpoint import store
+
+    return store.model_source(text, step)
+
+
+def hf_source(path: str, text_only: bool) -> Source:
+    """A Hugging Face directory as a source."""
+    cfg, stored = stored_tensors(path, text_only)
+    files = {tensor.file for tensor in stored.values()}
+    return Source(cfg, stored, {}, path, (Path(path) / "config.json", *sorted(files)))
+
+
+def is_gguf(path: str) -> bool:
+    """Whether `path` is a GGUF file, by its name or its first bytes."""
+    file = Path(path)
+    if "://" in path or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return file.suffix == ".gguf" or opened.read(4) == b"GGUF"
 
 
 def _is_ours(text: str) -> bool:

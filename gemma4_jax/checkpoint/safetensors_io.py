@@ -23,6 +23,8 @@ HEADER_LIMIT = 100_000_000
 BLOCK_BYTES = 8 << 20
 FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """The dtypes whose values we read and write."""
+INTS = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+"""The dtypes of codes and shapes in quantised checkpoints."""
 BITS = {
     "F4": 4,
     "F6_E2M3": 6,
@@ -54,28 +56,48 @@ class Tensor:
         dtype = FLOATS.get(self.dtype)
         if dtype is None:
             raise UserError(
-                f"{self.file} stores {self.name} as {self.dtype}; wanted {', '.join(FLOATS)}. Quantised checkpoints are "
-                "not read here: start from the float one."
+                f"{self.file} stores {self.name} as {self.dtype}; wanted {', '.join(FLOATS)}. Is a quantization_config missing "
+                "from config.json?"
             )
-        try:
-            with self.file.open("rb", buffering=0) as file:
-                file.seek(self.start)
-                buffer: np.ndarray | None = None
-                for rows in row_blocks(self.shape, dtype.itemsize):
-                    if buffer is None:
-                        buffer = np.empty((rows.stop, *self.shape[1:]), dtype)
-                    block = buffer[: rows.stop - rows.start]
-                    if file.readinto(block.reshape(-1).view(np.uint8)) != block.nbytes:  # pyright: ignore[reportArgumentType]
-                        raise UserError(f"{self.file} ended inside {self.name}: the file was cut while being read.")
-                    yield rows, block
-        except OSError as error:
-            raise UserError(f"{self.file} cannot be read: {error.strerror}.") from error
+        yield from read_blocks(self.file, self.name, self.start, self.shape, dtype)
+
+    def values(self) -> np.ndarray:
+        """The whole tensor, floats or integers: for the small ones."""
+        dtype = (FLOATS | INTS).get(self.dtype)
+        if dtype is None:
+            raise UserError(f"{self.file} stores {self.name} as {self.dtype}; wanted {', '.join(FLOATS | INTS)}.")
+        out = np.empty(self.shape or (1,), dtype)
+        for rows, block in read_blocks(self.file, self.name, self.start, out.shape, dtype):
+            out[rows] = block
+        return out.reshape(self.shape)
 
 
-def row_blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[slice]:
-    """Slices of the first axis that cover it, of at most BLOCK_BYTES each (but at least one row)."""
+def read_blocks(
+    path: Path, name: str, start: int, shape: tuple[int, ...], dtype: np.dtype, step: int | None = None
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """(rows, values) of the array that lies at byte `start` of a file; each block overwritten by the next.
+
+    A block is at most 8 MB or one row, or `step` rows.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            buffer: np.ndarray | None = None
+            for rows in row_blocks(shape, dtype.itemsize, step):
+                if buffer is None:
+                    buffer = np.empty((rows.stop, *shape[1:]), dtype)
+                block = buffer[: rows.stop - rows.start]
+                if file.readinto(block.reshape(-1).view(np.uint8)) != block.nbytes:  # pyright: ignore[reportArgumentType]
+                    raise UserError(f"{path} ended inside {name}: the file was cut while being read.")
+                yield rows, block
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def row_blocks(shape: tuple[int, ...], itemsize: int, step: int | None = None) -> Iterator[slice]:
+    """Slices of the first axis that cover it: of `step` rows, else of at most BLOCK_BYTES (but at least one row)."""
     row_bytes = max(1, math.prod(shape[1:]) * itemsize)
-    step = max(1, BLOCK_BYTES // row_bytes)
+    step = step or max(1, BLOCK_BYTES // row_bytes)
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
@@ -141,15 +163,9 @@ def write(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: C
     Casting goes by blocks of rows, so beside the tensor at hand only 8 MB are in memory.
     """
     target = FLOATS[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * target.itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header, _ = lay_out({name: (dtype, shape) for name, shape in shapes.items()})
     with file.open("wb") as opened:
-        opened.write(struct.pack("<Q", len(text)) + text)
+        opened.write(header)
         for name, shape in shapes.items():
             values = read(name)
             assert values.shape == shape, f"{name}: {values.shape} is not {shape}"
@@ -157,6 +173,21 @@ def write(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: C
                 block = np.empty((rows.stop - rows.start, *shape[1:]), target)
                 copy(block, values[rows])
                 opened.write(block.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+
+
+def lay_out(forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """(what stands before the data, {name: (first byte in the file, bytes)}) of a file with these (dtype, shape)."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    places = {}
+    for name, (dtype, shape) in forms.items():
+        begin, end = end, end + math.prod(shape) * BITS[dtype] // 8
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        places[name] = (begin, end - begin)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    front = struct.pack("<Q", len(text)) + text
+    return front, {name: (len(front) + begin, size) for name, (begin, size) in places.items()}
 
 
 def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

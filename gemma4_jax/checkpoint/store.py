@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from gemma4_jax.checkpoint.digest import FILES, digests, write_file_digests
 from gemma4_jax.checkpoint.mismatch import Mismatch, listed
 from gemma4_jax.checkpoint.placement import Shardings, Which, default_device, dtype_name
+from gemma4_jax.checkpoint.source import Source, grids_of, of_store
 from gemma4_jax.checkpoint.steps import (
     FORMAT,
     absolute,
@@ -25,6 +27,7 @@ from gemma4_jax.checkpoint.steps import (
     rank,
     read_arrays,
     read_record,
+    read_verified,
     saved_forms,
     step_directory,
 )
@@ -77,7 +80,9 @@ class Store:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             best_fn=None if metric is None else self._rank,
             cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
+        self._writing: int | None = None
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
@@ -124,10 +129,13 @@ class Store:
             "meta": dict(meta),
             "metrics": None if metrics is None else {name: float(value) for name, value in metrics.items()},
             "ranked_by": [self.metric, self.mode] if ranked else None,
+            "digests": digests(arrays),
         }
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(dict(arrays)), meta=ocp.args.JsonSave(record))
         scores = {self.metric: record["metrics"][self.metric]} if ranked else None
         try:
+            self._manager.wait_until_finished()
+            self._writing = step
             return self._manager.save(step, args=items, metrics=scores, force=True)
         except OSError as error:
             raise UserError(f"Step {step} cannot be saved in {self.directory}: {error}.") from error
@@ -144,12 +152,15 @@ class Store:
         """The committed step with the best value of the metric; None when no step has one."""
         return best_step(self.directory)
 
-    def restore(self, step: int, like: Mapping[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    def restore(
+        self, step: int, like: Mapping[str, Any], *, verify: bool = True
+    ) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """The arrays and the meta of a committed step.
 
         Args:
           step: from `latest` or `best`.
           like: what every array must be: ShapeDtypeStructs (with sharding) or arrays, under exactly the saved names.
+          verify: compare what was read with the digests taken when it was saved.
 
         Raises:
           UserError: no such step; other names, shapes or dtypes (listed); damaged files.
@@ -163,7 +174,15 @@ class Store:
         wrong = Mismatch.between(wanted, saved)
         if wrong:
             raise UserError(f"{directory} is a checkpoint of another model, optimizer or dtype: {wrong}.")
-        return read_arrays(directory, dict(like)), read_record(directory)["meta"]
+        record = read_record(directory)
+        values = read_verified(directory, dict(like), record) if verify else read_arrays(directory, dict(like))
+        return values, record["meta"]
+
+    def _seal(self) -> None:
+        """Digests of the files of the step being written: they are all there, and the step has no name yet."""
+        for path in self.directory.iterdir():
+            if path.name.split(".")[0] == str(self._writing) and not (path / FILES).exists():
+                write_file_digests(path)
 
     def wait(self) -> None:
         """Returns when every started save is committed."""
@@ -237,9 +256,25 @@ def load_model(
     wrong = Mismatch.between({n: s.shape for n, s in like.items()}, {n: form.shape for n, form in forms.items()})
     if wrong:
         raise UserError(f"{directory} does not hold the parameters of its own config: {wrong}.")
-    values = read_arrays(directory, {stored_as[name]: value for name, value in like.items()})
+    asked = {stored_as[name]: value for name, value in like.items()}
+    values = _read_parameters(directory, asked, saved) if verify else read_arrays(directory, asked)
     loaded = with_arrays(model, {name: values[stored_as[name]] for name in like})
     return apply_names(loaded, meta["quant"]) if meta["quant"] else loaded
+
+
+def model_source(path: str | os.PathLike[str], step: Which = "latest") -> Source:
+    """The model that `load_model` would load, read tensor by tensor."""
+    directory = step_directory(path, step)
+    meta = read_model_meta(directory)
+    cfg = config_of(meta)
+    saved = saved_forms(directory)
+    stored = {name.split(".", 1)[1]: name for name in saved if name.startswith(PARAMETERS)}
+    model = abstract(cfg)
+    wanted = {name: variable.get_value().shape for name, variable in variables(model).items()}
+    wrong = Mismatch.between(wanted, {name: saved[full].shape for name, full in stored.items()})
+    if wrong:
+        raise UserError(f"{directory} does not hold the parameters of its own config: {wrong}.")
+    return of_store(directory, cfg, stored, grids_of(apply_names(model, meta["quant"])) if meta["quant"] else {})
 
 
 def model_meta(model: Transformer) -> dict[str, Any]:

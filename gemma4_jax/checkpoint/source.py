@@ -1,0 +1,229 @@
+"""A checkpoint seen tensor by tensor, in blocks of rows, without the model in memory: what exports and conversions read.
+
+Every source gives the same view: the tensors of `names.table` in Hugging Face's shapes (rows are outputs, the last axis is the
+input), and the grid of each parameter that has one.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from gemma4_jax.checkpoint import names
+from gemma4_jax.checkpoint.names import Entry
+from gemma4_jax.checkpoint.placement import Which
+from gemma4_jax.checkpoint.safetensors_io import FLOATS, copy, row_blocks
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.errors import UserError
+from gemma4_jax.model.parameters import arrays
+from gemma4_jax.model.transformer import Transformer, abstract
+from gemma4_jax.quant.grids import BlockGrid
+from gemma4_jax.quant.policy import quantisable
+
+CODES = {dtype: code for code, dtype in FLOATS.items()}
+DIGEST_BLOCK = 16 << 20
+CHUNK_CACHE = 1 << 30
+"""Bytes of decoded Orbax chunks that stay in memory: a stacked parameter is read once for all its layers."""
+
+
+class Rows(Protocol):
+    """One tensor: `safetensors_io.Tensor` is one, and so are the tensors of quantised files."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str:
+        """A key of `safetensors_io.FLOATS`."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, values); each block at most about 8 MB or one row, overwritten by the next."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What an export needs to know about a checkpoint.
+
+    tensors: by name without prefix, exactly those of `names.table(cfg)`. trained: parameter (`own.full.mlp.up.w`) -> the grid
+    that its forward pass rounds to. grids: those it is to be written on, the same unless a policy says otherwise. origin: where
+    it came from, for people. files: all that was read, for the digest.
+    """
+
+    cfg: ModelConfig
+    tensors: Mapping[str, Rows]
+    grids: Mapping[str, BlockGrid]
+    origin: str
+    files: tuple[Path, ...] = ()
+    trained: Mapping[str, BlockGrid] = dataclasses.field(default_factory=dict)
+
+    def grid(self, name: str) -> BlockGrid | None:
+        """The grid of a tensor."""
+        return self.grids.get(self.entry(name).parameter)
+
+    def entry(self, name: str) -> Entry:
+        """Where a tensor lies in our model."""
+        return names.table(self.cfg)[name]
+
+    def role(self, name: str) -> str | None:
+        """The role of a tensor's weight, as policies call it; None for norms and scalars."""
+        return _roles(self.cfg).get(self.entry(name).parameter)
+
+    def model(self) -> Transformer:
+        """The model without arrays (ShapeDtypeStructs), with its grids: what policies work on."""
+        return with_grids(abstract(self.cfg), self.grids)
+
+    def with_grids_of(self, model: Any) -> "Source":
+        """The same weights, to be written on the grids that `model` (abstract or not) has."""
+        return dataclasses.replace(self, grids=grids_of(model))
+
+    def digest(self) -> str:
+        """sha256 over the source's files in order of their names, or over its arrays where there are none."""
+        total = hashlib.sha256()
+        for file in sorted(self.files):
+            total.update(file.name.encode())
+            with file.open("rb") as opened:
+                while block := opened.read(DIGEST_BLOCK):
+                    total.update(block)
+        if not self.files:
+            for name, tensor in self.tensors.items():
+                total.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+                for _, block in tensor.blocks():
+                    total.update(np.ascontiguousarray(block).view(np.uint8).data)
+        return total.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRows:
+    """A tensor that is a view of one of our parameters, of an array in memory or one that reads what it is indexed with."""
+
+    name: str
+    array: Any
+    entry: Entry
+
+    @property
+    def dtype(self) -> str:
+        """As the array has it."""
+        return CODES[np.dtype(self.array.dtype)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Hugging Face's."""
+        return self.entry.shape
+
+    def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Blocks in Hugging Face's layout; only they are copied, of a plain table only they are read."""
+        item = np.dtype(self.array.dtype).itemsize
+        if not self.entry.index and self.entry.inputs is None:  # an embedding table: by rows
+            for rows in row_blocks(self.entry.shape, item):
+                yield rows, _read(self.array, (rows,)).reshape(-1, *self.entry.shape[1:])
+            return
+        view = self.entry.view(_read(self.array, self.entry.index))
+        for rows in row_blocks(view.shape, item):
+            block = np.empty((rows.stop - rows.start, *view.shape[1:]), view.dtype)
+            copy(block, view[rows])
+            yield rows, block
+
+
+def of_model(model: Transformer, origin: str = "a model in memory") -> Source:
+    """A model whose arrays are in memory."""
+    held = arrays(model)
+    tensors = {name: ArrayRows(name, held[entry.parameter], entry) for name, entry in names.table(model.cfg).items()}
+    grids = grids_of(model)
+    return Source(model.cfg, tensors, grids, origin, trained=grids)
+
+
+def of_path(path: str | os.PathLike[str], *, text_only: bool = False, step: Which = "latest") -> Source:
+    """Whatever `load` reads: a Hugging Face directory (quantised or not), a GGUF file, one of our directories or runs.
+
+    Raises:
+      UserError: what `load` refuses, before a weight is read.
+    """
+    from gemma4_jax.checkpoint import load
+
+    return load.source(path, text_only=text_only, step=step)
+
+
+def of_store(directory: Any, cfg: ModelConfig, saved: Mapping[str, str], grids: Mapping[str, BlockGrid]) -> Source:
+    """An Orbax step: `saved` maps our parameters' names to the names of the stored arrays."""
+    opened = {parameter: _open(directory, stored) for parameter, stored in saved.items()}
+    tensors = {name: ArrayRows(name, opened[entry.parameter], entry) for name, entry in names.table(cfg).items()}
+    root = os.fspath(directory)
+    files = () if "://" in root else tuple(sorted(path for path in (Path(root) / "state").rglob("*") if path.is_file()))
+    return Source(cfg, tensors, grids, root, files, trained=grids)
+
+
+def grids_of(model: Any) -> dict[str, BlockGrid]:
+    """Parameter -> its grid, for the weights that have one."""
+    return {f"{path}.w": module.grid for path, module in quantisable(model) if module.grid is not None}
+
+
+def with_grids(model: Transformer, grids: Mapping[str, BlockGrid]) -> Transformer:
+    """The same arrays in new modules, with exactly these grids."""
+    new = jax.tree.map(lambda leaf: leaf, model)
+    unknown = set(grids)
+    for path, module in quantisable(new):
+        module.grid = grids.get(f"{path}.w")
+        unknown.discard(f"{path}.w")
+    if unknown:
+        raise ValueError(f"no such weights: {sorted(unknown)}")
+    return new
+
+
+def _roles(cfg: ModelConfig) -> dict[str, str]:
+    return {f"{path}.w": module.role for path, module in quantisable(abstract(cfg))}
+
+
+def _read(array: Any, index: tuple[Any, ...]) -> np.ndarray:
+    """array[index] on the host; of an array on an accelerator only that slice is copied, on a CPU nothing is."""
+    if isinstance(array, jax.Array):
+        on_cpu = all(device.platform == "cpu" for device in array.devices())
+        return np.ascontiguousarray(np.asarray(array)[index] if on_cpu else array[index])
+    return array[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """An array of an Orbax step that is read where it is indexed."""
+
+    opened: Any
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
+        try:
+            return np.ascontiguousarray(self.opened[index].read().result())
+        except ValueError as error:
+            raise UserError(f"A checkpoint is damaged: {str(error).splitlines()[0][:300]}") from error
+
+
+def _open(directory: Any, name: str) -> _Stored:
+    import tensorstore  # Orbax's own storage library
+
+    base = os.fspath(directory)
+    where = base if "://" in base else f"file://{base}"
+    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"{where}/state/", "path": f"{name}/"}}
+    try:
+        opened: Any = tensorstore.open(spec, open=True, read=True, context=_context()).result()
+    except ValueError as error:
+        raise UserError(f"{base} is damaged or incomplete: {str(error).splitlines()[0][:300]}") from error
+    return _Stored(opened, tuple(opened.shape), np.dtype(opened.dtype.numpy_dtype))
+
+
+def _context() -> Any:
+    import tensorstore
+
+    global _CONTEXT
+    if _CONTEXT is None:
+        _CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_CACHE}})
+    return _CONTEXT
+
+
+_CONTEXT: Any = None
