@@ -1,19 +1,19 @@
 """Quantisation-aware training from the model `tiny_sft` leaves behind, distilled from its float weights.
 
-The grid is llama.cpp's Q4_0. A tenth of the learning rate and a fifth of the steps of tiny_sft: the weights only move to where
-rounding hurts less.
+POLICY is q4_0 (the default), w4a16, mobile or int8. A tenth of the learning rate and a fifth of the steps of tiny_sft: the
+weights only move to where rounding hurts less.
 
     python -m launch.run --config=configs/tiny_qat.py
-    python -m launch.run --config=configs/tiny_qat.py --config.quant.grid=int4_sym7_g32
+    python -m launch.run --config=configs/tiny_qat.py:mobile
 """
 
 from gemma4_jax import assets
 from launch.settings import defaults
 
 
-def get_config():
+def get_config(policy="q4_0"):
     config = defaults("qat")
-    config.workdir = "runs/tiny_qat"
+    config.workdir = "runs/tiny_qat" if policy == "q4_0" else f"runs/tiny_qat_{policy}"
     config.model.path = "runs/tiny_sft"
     config.model.dtype = "float32"
     config.tokenizer = str(assets.TOKENIZER)
@@ -25,6 +25,6 @@ def get_config():
     config.optim.warmup_steps = 5
     config.train.steps = 100
     config.train.log_every = 20
-    config.quant.grid = "q4_0"
+    config.quant.policy = policy
     config.quant.distill_weight = 0.5
     return config

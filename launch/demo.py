@@ -70,7 +70,7 @@ def main() -> int:
 
     print("\n2/3  Quantisation: rounding the trained weights, then training with rounded weights", flush=True)
     rounded = policy.snap(policy.apply(trained, qat.quant))
-    grid = qat.quant.grid
+    grid = qat.quant.grid or qat.quant.policy
     stages.append(Stage("post-training int4", ask(rounded), weights=grid))
     quantised, seconds = _timed(qat)
     stages.append(Stage("QAT int4", ask(quantised), seconds, _slots(qat), weights=grid))

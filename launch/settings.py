@@ -119,7 +119,7 @@ class QatRun(TrainRun):
     """Train with fake-quantised weights, distilled from the float model it starts from."""
 
     task: Literal["qat"] = option("qat", "which program")
-    quant: QuantConfig = option(factory=QuantConfig, help="grid, tensors, distillation")
+    quant: QuantConfig = option(factory=QuantConfig, help="policy, distillation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ class PlanRun(Run):
     model: ModelSection = option(help="the model; of a checkpoint only its config is read")
     mesh: MeshConfig = option(factory=MeshConfig, help="how devices share the work; none: chosen")
     plan: PlanConfig = option(factory=PlanConfig, help="which step on which devices")
-    quant: QuantConfig = option(factory=QuantConfig, help="grid and teacher of plan.step=qat")
+    quant: QuantConfig = option(factory=QuantConfig, help="policy and teacher of plan.step=qat")
 
     def __post_init__(self):
         if self.plan.step != "qat" and self.quant != QuantConfig():

@@ -80,7 +80,8 @@ def _train(
     teacher = _teacher(run, model, processor, mesh, write) if isinstance(run, QatRun) else None
     quantised = policy.apply(model, run.quant) if isinstance(run, QatRun) else model
     if policy.grid_names(quantised):
-        write(f"weights on the grid\n{policy.coverage(quantised).table()}")
+        stays = run.quant.stays if isinstance(run, QatRun) else None
+        write(f"weights on the grid\n{policy.coverage(quantised, stays).table()}")
     optim = optimizer(run.optim, run.train.steps)
     shares_arrays = isinstance(run, QatRun) and teacher is not None and run.quant.teacher is None
     state = TrainState.create(quantised, optim, run.optim.freeze, copy=shares_arrays)

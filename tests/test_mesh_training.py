@@ -92,7 +92,7 @@ def loss_and_gradients(name: str, task: str, mesh: jax.sharding.Mesh | None):
     batch, teacher = batch_of(model.cfg.vocab_size), None
     if task == "qat":
         teacher = in_compute_dtype(model, "float32")
-        model = policy.apply(model, QuantConfig(grid="q4_0"))
+        model = policy.apply(model, QuantConfig(policy="q4_0"))
     distill = 0.5 if task == "qat" else 0.0
     if mesh is None:
         return jax.device_get(losses(model, teacher, batch, distill=distill))

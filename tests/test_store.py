@@ -12,6 +12,7 @@ import pytest
 from test_checkpoint_hf import SMALL, random_model, same_arrays
 
 from gemma4_jax.checkpoint import store as store_module
+from gemma4_jax.checkpoint.digest import digests
 from gemma4_jax.checkpoint.load import load
 from gemma4_jax.checkpoint.store import Store, config_of, load_model, model_meta, save_model
 from gemma4_jax.config import ModelConfig, Rope
@@ -261,6 +262,102 @@ def test_a_model_trained_on_a_grid_comes_back_with_it(model, tmp_path):
     quantised = apply(model, QuantConfig(grid="int4_sym7_g32", cover=("ffw", "embedding")))
     save_model(quantised, tmp_path / "model")
     loaded = load(tmp_path / "model")
-    assert grid_names(loaded) == {"ffw": "int4_sym7_g32", "embedding": "int4_sym7_g32"}
+    stacks = ("own.full", "own.sliding")
+    paths = {f"{stack}.mlp.{name}" for stack in stacks for name in ("gate", "up", "down")} | {"embed"}
+    assert grid_names(loaded) == dict.fromkeys(paths, "int4_sym7_g32")
     assert same_arrays(loaded, model)  # the float weights: training goes on from them
     assert grid_names(model) == {}
+
+
+def flipped(path, at: int) -> None:
+    """The file with one bit changed."""
+    data = bytearray(path.read_bytes())
+    data[at // 8] ^= 1 << at % 8
+    path.write_bytes(data)
+
+
+def big_state(step: int) -> dict[str, jax.Array]:
+    """A state whose arrays do not compress to nothing."""
+    key = jax.random.key(step)
+    return {
+        "step": jnp.int32(step),
+        "params.own.w": jax.random.normal(key, (64, 32), jnp.bfloat16),
+        "opt.mu.own.w": jax.random.normal(key, (64, 32), jnp.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sealed") / "run"
+    with Store(directory) as store:
+        store.save(5, big_state(5), {"data": {}})
+    return directory
+
+
+def test_any_flipped_bit_is_found_and_named(sealed, tmp_path):
+    files = [path for path in sorted((sealed / "5").rglob("*")) if path.is_file() and path.stat().st_size]
+    data = [path for path in files if "ocdbt.process" in str(path) and path.parent.name == "d"]
+    generator = np.random.default_rng(0)
+    arrays_named = 0
+    for number in range(12):
+        path = data[number % len(data)]
+        copy = tmp_path / f"copy{number}"
+        shutil.copytree(sealed, copy)
+        flipped(copy / path.relative_to(sealed), int(generator.integers(8 * path.stat().st_size)))
+        with Store(copy) as store, pytest.raises(UserError, match=f"damaged.*{path.name}") as caught:
+            store.restore(5, big_state(5))
+        arrays_named += any(name in str(caught.value) for name in ("params.own.w", "opt.mu.own.w", "arrays: step"))
+    assert arrays_named >= 8  # a flip between the arrays changes none of them, and the sentence says so
+
+
+def test_arrays_are_compared_even_when_the_files_digests_are_gone(sealed, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(sealed, copy)
+    (copy / "5" / "digests.json").unlink()
+    with Store(copy) as store:
+        store.restore(5, big_state(5))
+    found = 0
+    for path in sorted((copy / "5" / "state").rglob("d/*")):
+        before = path.read_bytes()
+        flipped(path, 4 * len(before))
+        with Store(copy) as store:
+            try:
+                store.restore(5, big_state(5))
+            except UserError as error:
+                assert "damaged" in str(error)
+                found += 1
+        path.write_bytes(before)
+    assert found
+
+
+def test_missing_extra_and_swapped_files_are_named(sealed, tmp_path):
+    files = sorted((sealed / "5" / "state").rglob("d/*"), key=lambda path: -path.stat().st_size)
+    one, other = (path.relative_to(sealed) for path in files[:2])
+    for name, spoil in {
+        "missing": lambda root: (root / one).unlink(),
+        "bytes and had": lambda root: (root / one).write_bytes((root / one).read_bytes()[:-1]),
+        "does not belong": lambda root: (root / one).with_name("stranger").write_bytes(b"x"),
+        "not what was written|bytes and had": lambda root: (
+            (root / "swap").write_bytes((root / one).read_bytes()),
+            (root / one).write_bytes((root / other).read_bytes()),
+            (root / "swap").replace(root / other),
+        ),
+    }.items():
+        copy = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(sealed, copy)
+        spoil(copy)
+        with Store(copy) as store, pytest.raises(UserError, match=name):
+            store.restore(5, big_state(5))
+
+
+def test_digest_is_the_same_on_any_mesh_and_changes_with_any_element():
+    mesh = jax.make_mesh((8,), ("x",))
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.int32, jnp.bool_):
+        x = (100 * jax.random.normal(jax.random.key(0), (16, 24))).astype(dtype)
+        split = jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+        one = digests({"x": x})["x"]
+        assert one == digests({"x": split})["x"]
+        changed = np.asarray(x).copy()
+        changed[7, 3] = not changed[7, 3] if dtype == jnp.bool_ else changed[7, 3] + 1
+        assert digests({"x": jnp.asarray(changed)})["x"] != one
+    assert digests({"x": jnp.asarray([1.0, 2.0])}) != digests({"x": jnp.asarray([2.0, 1.0])})

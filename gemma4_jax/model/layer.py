@@ -7,6 +7,7 @@ from flax import nnx
 from gemma4_jax.config import LayerKind, ModelConfig
 from gemma4_jax.model.attention import Attention, Keep, Places
 from gemma4_jax.model.kv import KV
+from gemma4_jax.model.layouts import View
 from gemma4_jax.model.linear import Buffer, Dims, Linear, variable_dims
 from gemma4_jax.model.mlp import MLP, gelu
 from gemma4_jax.model.moe import ExpertLoad, Experts, Router
@@ -61,7 +62,8 @@ class Layer(nnx.Module):
         self.pre_attention_norm, self.post_attention_norm = norm(), norm()
         self.attention = Attention(cfg, kind, owns_kv, stack=stack, rngs=rngs, dtype=dtype)
         self.pre_ffw_norm, self.post_ffw_norm = norm(), norm()
-        self.mlp = MLP(cfg.hidden_size, ffw, stack=stack, rngs=rngs, dtype=dtype)
+        role = "ffw" if owns_kv else "ffw_shared"
+        self.mlp = MLP(cfg.hidden_size, ffw, role=role, stack=stack, rngs=rngs, dtype=dtype)
         self.sparse = SparseBranch(cfg, stack=stack, rngs=rngs, dtype=dtype) if cfg.num_experts else None
         narrow = cfg.hidden_size_per_layer_input
         self.per_layer = PerLayerBranch(cfg, stack=stack, rngs=rngs, dtype=dtype) if narrow else None
@@ -69,8 +71,8 @@ class Layer(nnx.Module):
         self.layer_scalar = Buffer(jnp.ones(shape, dtype), dims=names)
 
     def __call__(
-        self, h_BTD: jax.Array, per_layer_BTP: jax.Array | None, places: Places, source: KV | Keep
-    ) -> tuple[jax.Array, KV, ExpertLoad | None]:
+        self, h_BTD: jax.Array, per_layer_BTP: jax.Array | None, places: Places, source: KV | View | Keep
+    ) -> tuple[jax.Array, KV | View, ExpertLoad | None]:
         """The residual stream after this layer, the keys and values it looked at (`Attention.__call__`), its experts' load."""
         attended, kv = self.attention(self.pre_attention_norm(h_BTD), places, source)
         h = h_BTD + self.post_attention_norm(attended)

@@ -15,11 +15,11 @@ def gelu(x: jax.Array) -> jax.Array:
 class MLP(nnx.Module):
     """down(gelu(gate x) * up x)."""
 
-    def __init__(self, width: int, ffw: int, *, stack: Dims, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, width: int, ffw: int, *, role: str = "ffw", stack: Dims, rngs: nnx.Rngs, dtype: str):
         embed, wide = {"embed": width}, {"ffw": ffw}
-        self.gate = Linear(embed, wide, role="ffw", stack=stack, rngs=rngs, dtype=dtype)
-        self.up = Linear(embed, wide, role="ffw", stack=stack, rngs=rngs, dtype=dtype)
-        self.down = Linear(wide, embed, role="ffw", stack=stack, rngs=rngs, dtype=dtype)
+        self.gate = Linear(embed, wide, role=role, stack=stack, rngs=rngs, dtype=dtype)
+        self.up = Linear(embed, wide, role=role, stack=stack, rngs=rngs, dtype=dtype)
+        self.down = Linear(wide, embed, role=role, stack=stack, rngs=rngs, dtype=dtype)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         gate, up = (constrain(linear(x_BTD), "batch", "length", "ffw") for linear in (self.gate, self.up))
