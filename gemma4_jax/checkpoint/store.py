@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from gemma4_jax import config_media
 from gemma4_jax.checkpoint.digest import FILES, digests, write_file_digests
 from gemma4_jax.checkpoint.mismatch import Mismatch, listed
 from gemma4_jax.checkpoint.placement import Shardings, Which, default_device, dtype_name
@@ -26,12 +27,15 @@ from gemma4_jax.checkpoint.steps import (
     form_of,
     rank,
     read_arrays,
+    read_as,
     read_record,
     read_verified,
+    refuse_damaged_files,
     saved_forms,
     step_directory,
 )
 from gemma4_jax.config import ModelConfig, Rope
+from gemma4_jax.config_media import AudioConfig, VisionConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays, is_trainable, variables, with_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
@@ -169,14 +173,17 @@ class Store:
             have = listed(map(str, self.steps()))
             raise UserError(f"{self.directory} has no step {step}; committed steps: {have or 'none'}.")
         directory = self.directory / str(step)
+        if verify:
+            refuse_damaged_files(directory)
         saved = saved_forms(directory)
         wanted = {name: form_of(value) for name, value in like.items()}
         wrong = Mismatch.between(wanted, saved)
         if wrong:
             raise UserError(f"{directory} is a checkpoint of another model, optimizer or dtype: {wrong}.")
         record = read_record(directory)
-        values = read_verified(directory, dict(like), record) if verify else read_arrays(directory, dict(like))
-        return values, record["meta"]
+        if not verify:
+            return read_arrays(directory, dict(like)), record["meta"]
+        return read_verified(directory, dict(like), record.get("digests") or {}), record["meta"]
 
     def _seal(self) -> None:
         """Digests of the files of the step being written: they are all there, and the step has no name yet."""
@@ -206,17 +213,20 @@ def save_model(model: Transformer, path: str | os.PathLike[str]) -> None:
     directory = absolute(path)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory; choose another one or remove it.")
-    record = {
+    record: dict[str, Any] = {
         "format": FORMAT,
         "meta": {"model": model_meta(model)},
         "metrics": None,
         "ranked_by": None,
     }
     state = {f"params.{name}": value for name, value in arrays(model).items()}
+    record["digests"] = digests(state)
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(record))
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(directory, args=items, force=directory.exists())
+        if jax.process_index() == 0:
+            write_file_digests(directory)
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error}.") from error
 
@@ -228,6 +238,7 @@ def load_model(
     compute_dtype: jax.typing.DTypeLike | None = None,
     shardings: Shardings = default_device,
     step: Which = "latest",
+    verify: bool = True,
 ) -> Transformer:
     """The model of a model directory, of a training step, or of a run; optimizer state is not read.
 
@@ -239,6 +250,7 @@ def load_model(
       compute_dtype: what layers compute in; None: `dtype`, else as the saved model.
       shardings: where each parameter goes.
       step: of a run: a number, "latest" or "best".
+      verify: compare every parameter with the digest taken when it was saved.
     """
     dtype, compute_dtype = dtype_name(dtype), dtype_name(compute_dtype)
     directory = step_directory(path, step)
@@ -257,7 +269,7 @@ def load_model(
     if wrong:
         raise UserError(f"{directory} does not hold the parameters of its own config: {wrong}.")
     asked = {stored_as[name]: value for name, value in like.items()}
-    values = _read_parameters(directory, asked, saved) if verify else read_arrays(directory, asked)
+    values = read_as(directory, asked) if verify else read_arrays(directory, asked)
     loaded = with_arrays(model, {name: values[stored_as[name]] for name in like})
     return apply_names(loaded, meta["quant"]) if meta["quant"] else loaded
 
@@ -296,7 +308,11 @@ def config_of(meta: Mapping[str, Any]) -> ModelConfig:
                 f"The checkpoint's config has {listed(sorted(unknown))}, which this version does not know; a newer one wrote it."
             )
         ropes = {name: Rope(**saved[name]) for name in ("rope_sliding", "rope_full") if name in saved}
-        return ModelConfig(**{**saved, **ropes})
+        towers = {
+            "vision": config_media.of_json(VisionConfig, saved.get("vision")),
+            "audio": config_media.of_json(AudioConfig, saved.get("audio")),
+        }
+        return ModelConfig(**{**saved, **ropes, **towers})
     except (TypeError, KeyError) as error:
         raise UserError(f"The checkpoint's model config cannot be read: {error}.") from error
 
