@@ -8,6 +8,7 @@ import copy
 import json
 import random
 import re
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from gemma4_jax.errors import UserError
 from gemma4_jax.infer.call_grammar import call_grammar
 from gemma4_jax.infer.constraint import AllOf, Constraint
 from gemma4_jax.infer.output_form import OutputForm
+from gemma4_jax.infer.tools import tool_of
 from gemma4_jax.infer.vocabulary import Vocabulary, ids_of
 from gemma4_jax.tokenizer import Tokenizer
 
@@ -472,3 +474,18 @@ def test_written_calls_are_derived(tokenizer):
                     constraint.advance(token)
                 checked += 1
     assert checked > 10
+
+
+def test_constrained_calls_run(tokenizer):
+    """The schema of a function's signature leads to calls that the function takes."""
+
+    def f(a: float, b: list[tuple[int, bool]], c: Literal["x", 1, None], d: str | None = None) -> float:
+        assert all(isinstance(n, int) and isinstance(yes, bool) for n, yes in b)
+        assert c in ("x", 1, None)
+        assert isinstance(d, str | None)
+        return a
+
+    tool = tool_of(f)
+    for parsed in outputs(tokenizer, OutputForm(tool_choice="required"), 20, tools=[tool.declaration]):
+        for call in parsed.tool_calls:
+            assert isinstance(tool.run(call["arguments"]), float)
