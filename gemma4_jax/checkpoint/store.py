@@ -27,13 +27,11 @@ from gemma4_jax.checkpoint.steps import (
     form_of,
     rank,
     read_arrays,
-    read_as,
     read_record,
-    read_verified,
-    refuse_damaged_files,
     saved_forms,
     step_directory,
 )
+from gemma4_jax.checkpoint.verified import read_as, read_verified, refuse_damaged_files
 from gemma4_jax.config import ModelConfig, Rope
 from gemma4_jax.config_media import AudioConfig, VisionConfig
 from gemma4_jax.errors import UserError
