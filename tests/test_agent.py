@@ -72,7 +72,17 @@ class Script:
         ids = self.processor.tokenizer.encode(self.outputs.pop(0))
         said = self.processor.parse(ids)
         reason: Any = self.finish_reason
-        return [Completion(said.answer, ids, [0.0] * len(ids), reason, said.thought, said.tool_calls, said.malformed)]
+        return [
+            Completion(
+                text=said.answer,
+                tokens=ids,
+                logprobs=[0.0] * len(ids),
+                finish_reason=reason,
+                thought=said.thought,
+                tool_calls=said.tool_calls,
+                malformed=said.malformed,
+            )
+        ]
 
 
 CALL = '<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:2,unit:<|"|>F<|"|>}<tool_call|>'

@@ -363,10 +363,17 @@ def test_parts_that_exclude_each_other_end_the_output(tokenizer):
     assert "leave no token" in both.failed
 
 
+ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+ENDLESS_REF = {"anyOf": [{"$ref": "#/$defs/b"}, {"allOf": [{"$ref": "#/$defs/b"}]}]}
 BAD_FORMS = [
     ({"schema": {"type": "integer", "minimum": 2, "maximum": 1}}, "JSON schema cannot be satisfied: minimum"),
     ({"schema": False}, "cannot be satisfied"),
-    ({"schema": {"$ref": "#"}}, "cannot be satisfied"),
+    ({"schema": {"$ref": "#"}}, "requires itself"),
+    ({"schema": ENDLESS}, "requires itself"),
+    (
+        {"schema": {"$ref": "#/$defs/b", "$defs": {"b": {"type": "array", "items": ENDLESS_REF, "minItems": 1}}}},
+        "itself",
+    ),
     ({"schema": {"type": "strin"}}, "JSON schema cannot be compiled: .*strin"),
     ({"schema": {"uniqueItems": True, "type": "array"}}, "cannot be compiled: .*uniqueItems"),
     ({"schema": "{"}, "JSON schema is not JSON"),
@@ -408,6 +415,7 @@ BAD_TOOLS = [
     ({"properties": {"a": {"oneOf": [{"type": "string"}, {"type": "string"}]}}}, "oneOf"),
     ({"properties": {"a": {"type": "string", "pattern": "a$|b"}}}, "anchors"),
     ({"properties": {"a": False}}, "false"),
+    (ENDLESS, "requires itself"),
 ]
 
 

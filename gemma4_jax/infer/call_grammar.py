@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma4_jax.chat_syntax import by_key
 from gemma4_jax.errors import UserError, did_you_mean
+from gemma4_jax.infer.schema_ends import require_ends
 from gemma4_jax.tokenizer import Tokenizer
 
 TYPES = ("string", "integer", "number", "boolean", "null", "array", "object")
@@ -60,6 +61,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> st
         name, schema = function["name"], function.get("parameters") or {}
         if not TOOL_NAME.fullmatch(name):
             raise UserError(f"The tool {name!r} cannot be called: its name has a space, brace, quote or one of <>|.")
+        require_ends(schema, f"The tool {name!r}")
         try:
             body = rules.object(schema if "type" in schema else {**schema, "type": "object"}, schema)
         except UserError as error:

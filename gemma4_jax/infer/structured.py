@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemma4_jax.errors import UserError
+from gemma4_jax.infer.schema_ends import require_ends
 from gemma4_jax.infer.vocabulary import Vocabulary
 from gemma4_jax.tokenizer import Tokenizer
 
@@ -56,6 +57,7 @@ class Grammars:
             text = json.dumps({} if schema is True else schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"The JSON schema holds something that is not JSON ({error}).") from None
+        require_ends(schema, "The JSON schema")
         options = {"whitespace_pattern": WHITESPACE}
         return self._compiled(
             self._llguidance.LLMatcher.grammar_from_json_schema(text, overrides=options), "The JSON schema"
