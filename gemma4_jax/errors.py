@@ -20,3 +20,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if not near:
         return listed
     return f"did you mean {near[0]!r}?" + (f" ({listed})" if len(known) <= 12 else "")
+
+
+class Preempted(Exception):
+    """The run was told to end (SIGTERM) and what it did is saved; the same command goes on from there."""
+
+    exit_code = 75  # sysexits' EX_TEMPFAIL: a scheduler may start the run again
+
+    def __init__(self, step: int):
+        super().__init__(f"told to end, and ended after step {step}")

@@ -1,7 +1,8 @@
 """`python -m launch.run --config=configs/NAME.py[:ARG] [--config.key=value ...]`: one config file, one task, one run.
 
 A config file is Python with a `get_config()` that returns a ConfigDict; it is code, so run only files you trust. Exit codes:
-0 done, 1 the run met something the user has to fix, 2 the command or the config is wrong, 130 interrupted.
+0 done, 1 the run met something the user has to fix, 2 the command or the config is wrong, 75 told to end (SIGTERM) and saved: the
+same command goes on, 76 ended by its own watchdog, 130 interrupted.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
-from gemma4_jax.errors import UserError
+from gemma4_jax.errors import Preempted, UserError
 from launch import settings
 from launch.overrides import CommandLine, apply_overrides, read_command_line
 from launch.record import keep_config, summary
@@ -57,6 +58,9 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("launch: interrupted", file=sys.stderr)
         return 130
+    except Preempted as error:
+        print(f"launch: {error}; run the same command to go on", file=sys.stderr)
+        return error.exit_code
     return 0
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from gemma4_jax.checkpoint.steps import committed_steps
 from gemma4_jax.checkpoint.store import Store, model_meta
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.pipeline import DataConfig, Loader, make_loader
@@ -18,12 +19,14 @@ from gemma4_jax.eval.report import wrong_answers
 from gemma4_jax.infer.generate import Sampler
 from gemma4_jax.infer.prompts import conversation
 from gemma4_jax.mesh_choice import training_mesh
-from gemma4_jax.model.parameters import in_compute_dtype
+from gemma4_jax.model.parameters import in_compute_dtype, map_arrays
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.plan import report
 from gemma4_jax.processor import Processor
 from gemma4_jax.quant import policy
-from gemma4_jax.sharding import batch_share, check_batch, shape_of
+from gemma4_jax.quant.activations import scales
+from gemma4_jax.sharding import batch_share, check_batch, parameter_shardings, shape_of
+from gemma4_jax.train.calibration import calibrate
 from gemma4_jax.train.loop import Hooks, resume, train
 from gemma4_jax.train.metrics import Meter, Recorder, duration, si
 from gemma4_jax.train.optimizer import optimizer, schedule
@@ -76,15 +79,18 @@ def _train(
     write(f"data\n{batches.summary.table()}")
     evaluate = None if run.eval_data is None else _evaluation(run, processor, share, write)
 
+    workdir = None if run.workdir is None else Path(run.workdir)
+    resumes = workdir is not None and bool(committed_steps(workdir / "checkpoints"))
     model = make_model(run.model, run.seed, mesh)
     teacher = _teacher(run, model, processor, mesh, write) if isinstance(run, QatRun) else None
-    quantised = policy.apply(model, run.quant) if isinstance(run, QatRun) else model
-    if policy.grid_names(quantised):
-        stays = run.quant.stays if isinstance(run, QatRun) else None
-        write(f"weights on the grid\n{policy.coverage(quantised, stays).table()}")
+    quantised = model
+    if isinstance(run, QatRun):
+        quantised = _quantised(run, model, mesh, None if resumes else batches, write)
+    elif policy.grid_names(model):
+        write(f"weights on the grid\n{policy.coverage(model).table()}")
     optim = optimizer(run.optim, run.train.steps)
     shares_arrays = isinstance(run, QatRun) and teacher is not None and run.quant.teacher is None
-    state = TrainState.create(quantised, optim, run.optim.freeze, copy=shares_arrays)
+    state = TrainState.create(quantised, optim, _frozen(run, cfg), copy=shares_arrays)
     # From here on the state alone holds the weights: a second set would double the memory of the run.
     template = jax.eval_shape(lambda m: m, quantised)
     del model, quantised
@@ -93,7 +99,6 @@ def _train(
         f"training {si(sizes[0])} parameters, {si(sizes[1])} stay as they are; ready in {duration(time.perf_counter() - started)}"
     )
 
-    workdir = None if run.workdir is None else Path(run.workdir)
     store = None
     if workdir is not None:
         best = "loss" if run.train.keep_best else None
@@ -102,7 +107,7 @@ def _train(
             processor.save(workdir)
             if mesh is not None:
                 (workdir / "parameters.txt").write_text(report.parameters(template, mesh) + "\n")
-    state = resume(store, state, batches)
+    state = resume(store, state, batches, verify=run.train.verify)
     done = int(state.step)
     if done:
         write(f"resumed after step {done} of {run.train.steps}")
@@ -142,6 +147,37 @@ def _train(
     where = "" if workdir is None else f"; committed in {workdir / 'checkpoints'}"
     write(f"done: {run.train.steps} steps in {duration(time.perf_counter() - started)}{where}")
     return state
+
+
+def _quantised(
+    run: QatRun, model: Transformer, mesh: Mesh | None, batches: Loader | None, write: Callable[[str], None]
+) -> Transformer:
+    """The model of the policy, reported, its static activations calibrated from the first of `batches`, which are then as new.
+
+    Without batches nothing is calibrated: the scales will come from the checkpoint that training goes on from.
+    """
+    quantised = policy.apply(model, run.quant)
+    if mesh is not None:  # its new scales are where nothing was said
+        place = parameter_shardings(mesh)
+        quantised = map_arrays(lambda name, v: jax.device_put(v.get_value(), place(name, v)), quantised)
+    activations, kv_cache = run.quant.rounds
+    write(f"weights on the grid\n{policy.coverage(quantised, run.quant.stays).table()}")
+    write(f"activations {activations}, keys and values {kv_cache}, gradient {run.quant.gradient}")
+    if batches is not None and scales(quantised):
+        began, start = time.perf_counter(), batches.state()
+        quantised = calibrate(quantised, batches, run.quant.calibration_batches, remat=run.train.remat)
+        batches.restore(start)
+        write(
+            f"calibrated {len(scales(quantised))} scales from {run.quant.calibration_batches} batches in "
+            f"{duration(time.perf_counter() - began)}"
+        )
+    return quantised
+
+
+def _frozen(run: TrainRun, cfg: ModelConfig) -> tuple[str, ...]:
+    """Patterns of parameters that stay: those named, and in QAT of a mixture of experts the router."""
+    router = isinstance(run, QatRun) and run.quant.freeze_router and cfg.num_experts
+    return (*run.optim.freeze, *(("*.router.*",) if router else ()))
 
 
 def _loader(config: DataConfig, processor: Processor, share: tuple[int, int]) -> Loader:

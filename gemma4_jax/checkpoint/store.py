@@ -6,6 +6,7 @@ is such a step with `params.*` only, so everything that reads a model reads a tr
 
 import dataclasses
 import os
+import time
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ from gemma4_jax.config_media import AudioConfig, VisionConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays, is_trainable, variables, with_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
-from gemma4_jax.quant.policy import apply_names, grid_names
+from gemma4_jax.quant.policy import described, restored
 
 PARAMETERS = ("params.", "frozen.")
 """Prefixes of the arrays that are the model: those that training moves and those it does not."""
@@ -85,6 +86,7 @@ class Store:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._writing: int | None = None
+        self._began = self._bytes = 0.0
         try:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except OSError as error:
@@ -137,7 +139,7 @@ class Store:
         scores = {self.metric: record["metrics"][self.metric]} if ranked else None
         try:
             self._manager.wait_until_finished()
-            self._writing = step
+            self._writing, self._began = step, time.monotonic()
             return self._manager.save(step, args=items, metrics=scores, force=True)
         except OSError as error:
             raise UserError(f"Step {step} cannot be saved in {self.directory}: {error}.") from error
@@ -187,7 +189,15 @@ class Store:
         """Digests of the files of the step being written: they are all there, and the step has no name yet."""
         for path in self.directory.iterdir():
             if path.name.split(".")[0] == str(self._writing) and not (path / FILES).exists():
-                write_file_digests(path)
+                self._bytes = write_file_digests(path)
+
+    def committed(self) -> str | None:
+        """Once for every save that has ended since the last call: which step is safe now, its size, and how long it took."""
+        if self._writing is None or self._manager.is_saving_in_progress():
+            return None
+        step, self._writing = self._writing, None
+        seconds = time.monotonic() - self._began
+        return f"committed step {step}: {self._bytes / 1e9:.3g} GB with digests, {seconds:.1f} s after it was begun"
 
     def wait(self) -> None:
         """Returns when every started save is committed."""
@@ -255,6 +265,7 @@ def load_model(
     meta = read_model_meta(directory)
     cfg = config_of(meta)
     model = abstract(cfg, dtype or meta["dtype"], compute_dtype=compute_dtype or dtype or meta["compute_dtype"])
+    model = restored(model, meta["quant"])
     saved = {name: form for name, form in saved_forms(directory).items() if name.startswith(PARAMETERS)}
     stored_as = {name.split(".", 1)[1]: name for name in saved}
     forms = {short: saved[name] for short, name in stored_as.items()}
@@ -262,14 +273,14 @@ def load_model(
     for name, variable in variables(model).items():
         shape = variable.get_value().shape
         kept = forms[name].dtype if name in forms else meta["dtype"]
-        like[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype or kept), sharding=shardings(name, variable))
+        wanted = kept if getattr(variable, "exact", False) else dtype or kept
+        like[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(wanted), sharding=shardings(name, variable))
     wrong = Mismatch.between({n: s.shape for n, s in like.items()}, {n: form.shape for n, form in forms.items()})
     if wrong:
         raise UserError(f"{directory} does not hold the parameters of its own config: {wrong}.")
     asked = {stored_as[name]: value for name, value in like.items()}
     values = read_as(directory, asked) if verify else read_arrays(directory, asked)
-    loaded = with_arrays(model, {name: values[stored_as[name]] for name in like})
-    return apply_names(loaded, meta["quant"]) if meta["quant"] else loaded
+    return with_arrays(model, {name: values[stored_as[name]] for name in like})
 
 
 def model_source(path: str | os.PathLike[str], step: Which = "latest") -> Source:
@@ -279,20 +290,20 @@ def model_source(path: str | os.PathLike[str], step: Which = "latest") -> Source
     cfg = config_of(meta)
     saved = saved_forms(directory)
     stored = {name.split(".", 1)[1]: name for name in saved if name.startswith(PARAMETERS)}
-    model = abstract(cfg)
+    model = restored(abstract(cfg), meta["quant"])
     wanted = {name: variable.get_value().shape for name, variable in variables(model).items()}
     wrong = Mismatch.between(wanted, {name: saved[full].shape for name, full in stored.items()})
     if wrong:
         raise UserError(f"{directory} does not hold the parameters of its own config: {wrong}.")
-    return of_store(directory, cfg, stored, grids_of(apply_names(model, meta["quant"])) if meta["quant"] else {})
+    return of_store(directory, cfg, stored, grids_of(model))
 
 
 def model_meta(model: Transformer) -> dict[str, Any]:
-    """What a checkpoint says about its model, as JSON: config, dtypes, and the grid of each group of weights that has one."""
+    """What a checkpoint says about its model, as JSON: config, dtypes, and how it is quantised (`policy.described`)."""
     kept = variables(model)
-    dtype = next(v.get_value().dtype for v in kept.values() if is_trainable(v))
+    dtype = next(v.get_value().dtype for v in kept.values() if is_trainable(v) and not getattr(v, "exact", False))
     config = dataclasses.asdict(model.cfg)
-    return {"config": config, "dtype": dtype.name, "compute_dtype": model.compute_dtype, "quant": grid_names(model)}
+    return {"config": config, "dtype": dtype.name, "compute_dtype": model.compute_dtype, "quant": described(model)}
 
 
 def config_of(meta: Mapping[str, Any]) -> ModelConfig:

@@ -8,10 +8,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from gemma4_jax.checkpoint.store import Store
-from gemma4_jax.errors import UserError
+from gemma4_jax.errors import Preempted, UserError
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.options import option
 from gemma4_jax.sharding import place_batch
+from gemma4_jax.train.interruption import Notices, Watchdog
 from gemma4_jax.train.metrics import Meter, Recorder, Write, duration
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import TrainStep
@@ -37,12 +38,18 @@ class TrainConfig:
     keep_best: bool = option(
         False, "evaluate at every save, and keep the checkpoint with the lowest loss too", may_change=True
     )
+    verify: bool = option(True, "compare a checkpoint with its digests before the run goes on from it", may_change=True)
+    stall_seconds: float = option(
+        1800.0,
+        "end the run, with the stacks of its threads, when nothing happens for so long; 0: never",
+        may_change=True,
+    )
 
     def __post_init__(self) -> None:
         for name in ("steps", "grad_accum", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is at least 1, got {getattr(self, name)}.")
-        for name in ("eval_every", "sample_every", "save_every", "balance_weight"):
+        for name in ("eval_every", "sample_every", "save_every", "balance_weight", "stall_seconds"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is at least 0, got {getattr(self, name)}.")
 
@@ -68,12 +75,12 @@ class Hooks:
     write: Write = print
 
 
-def resume(store: Store | None, state: TrainState, batches: Batches) -> TrainState:
+def resume(store: Store | None, state: TrainState, batches: Batches, *, verify: bool = True) -> TrainState:
     """The newest committed state, with `batches` moved to where it was taken; `state` itself when there is none."""
     step = None if store is None else store.latest()
     if store is None or step is None:
         return state
-    values, meta = store.restore(step, state.flat())
+    values, meta = store.restore(step, state.flat(), verify=verify)
     batches.restore(meta["data"])
     return state.with_flat(values)
 
@@ -95,6 +102,8 @@ def train(
 ) -> TrainState:
     """Trains from `state` to `config.steps`; returns the last state, saved.
 
+    Told to end before (SIGTERM), it saves where it is and raises Preempted.
+
     Args:
       config: how long and how often.
       state: where to start; donated.
@@ -110,44 +119,74 @@ def train(
       hooks: evaluation, samples, text output.
     """
     done = int(state.step)
-    compiled = False
+    started, compiled, metrics = done, False, None
 
     def due(every: int) -> bool:
         return (every > 0 and done % every == 0) or done == config.steps
 
-    while done < config.steps:
-        batch = _next(batches, done, config.steps)
-        began = time.perf_counter()
-        state, metrics = step(state, place_batch(batch), teacher)
-        if not compiled:
-            compiled = True
-            seconds = time.perf_counter() - began
-            hooks.write(f"compiled the step in {duration(seconds)}")
-            meter.pause(seconds)
-        meter.add({**metrics, "learning_rate": learning_rate(done)})
-        done += 1
+    def save(place: dict[str, Any], evaluated: dict[str, float] | None) -> None:
+        if store is None or metrics is None:
+            return
+        _refuse_bad_loss(float(metrics["loss"]), done)
+        store.save(done, state.flat(), {**meta, "data": place}, metrics=evaluated)
 
-        if due(config.log_every):
-            values, line = meter.read(done)
+    def report() -> None:
+        if store is not None and (line := store.committed()):
             hooks.write(line)
-            recorder.write(done, values)
-            _refuse_bad_loss(values["loss"], done)
 
-        paused = time.perf_counter()
-        evaluated = None  # a checkpoint is ranked by its own evaluation, never by an older one
-        ranked = config.keep_best and due(config.save_every)
-        if hooks.evaluate is not None and (ranked or due(config.eval_every)):
-            evaluated = hooks.evaluate(state.model(template))
-            hooks.write(f"eval {done:>{len(str(config.steps))}}/{config.steps}  {_listed(evaluated)}")
-            recorder.write(done, evaluated, prefix="eval")
-        if hooks.sample is not None and config.sample_every and due(config.sample_every):
-            hooks.write(hooks.sample(state.model(template)))
-        if store is not None and due(config.save_every):
-            _refuse_bad_loss(float(metrics["loss"]), done)
-            store.save(done, state.flat(), {**meta, "data": batches.state()}, metrics=evaluated)
-        meter.pause(time.perf_counter() - paused)
-    if store is not None:
-        store.wait()
+    with Notices() as notices, Watchdog(config.stall_seconds) as watchdog:
+        while done < config.steps:
+            place = batches.state()
+            watchdog.beat("reading data")
+            with notices.waiting():
+                batch = _next(batches, done, config.steps)
+            if notices.interrupted:
+                break
+            watchdog.beat(f"step {done + 1}")
+            began = time.perf_counter()
+            state, metrics = step(state, place_batch(batch), teacher)
+            if not compiled:
+                compiled = True
+                seconds = time.perf_counter() - began
+                hooks.write(f"compiled the step in {duration(seconds)}")
+                meter.pause(seconds)
+            meter.add({**metrics, "learning_rate": learning_rate(done)})
+            done += 1
+            place = batches.state()
+
+            if due(config.log_every):
+                values, line = meter.read(done)
+                hooks.write(line)
+                recorder.write(done, values)
+                _refuse_bad_loss(values["loss"], done)
+
+            paused = time.perf_counter()
+            evaluated = None  # a checkpoint is ranked by its own evaluation, never by an older one
+            with watchdog.paused():
+                ranked = config.keep_best and due(config.save_every)
+                if hooks.evaluate is not None and (ranked or due(config.eval_every)):
+                    evaluated = hooks.evaluate(state.model(template))
+                    hooks.write(f"eval {done:>{len(str(config.steps))}}/{config.steps}  {_listed(evaluated)}")
+                    recorder.write(done, evaluated, prefix="eval")
+                if hooks.sample is not None and config.sample_every and due(config.sample_every):
+                    hooks.write(hooks.sample(state.model(template)))
+            if due(config.save_every):
+                watchdog.beat(f"saving step {done}")
+                save(place, evaluated)
+            report()
+            meter.pause(time.perf_counter() - paused)
+            if done < config.steps and notices.reached(done):
+                break
+        if done < config.steps:
+            hooks.write(f"told to end after step {done} of {config.steps}")
+            if done > started:
+                save(place, None)
+        watchdog.beat("writing the last checkpoint")
+        if store is not None:
+            store.wait()
+        report()
+    if done < config.steps:
+        raise Preempted(done)
     return state
 
 

@@ -1,0 +1,165 @@
+"""Runs that are told to end save and go on; runs in which nothing happens are ended."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma4_jax.checkpoint.store import Store
+from gemma4_jax.errors import Preempted
+from gemma4_jax.train.interruption import STALLED
+from gemma4_jax.train.loop import Hooks, TrainConfig, resume, train
+from gemma4_jax.train.metrics import Meter, Recorder
+from gemma4_jax.train.state import TrainState
+
+STEPS = 12
+CONFIG = TrainConfig(steps=STEPS, log_every=4, save_every=5, stall_seconds=0)
+
+
+class Counting:
+    """Batches that name their number; `at` maps a number to what happens before that batch is there."""
+
+    def __init__(self, at=None):
+        self.number, self.at = 0, at or {}
+
+    def __next__(self):
+        self.at.pop(self.number, lambda: None)()
+        self.number += 1
+        return {"tokens": np.full((1, 1), self.number, np.int32)}
+
+    def state(self):
+        return {"next": self.number}
+
+    def restore(self, state):
+        self.number = state["next"]
+
+
+def told():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def told_while_waiting():
+    """The notice comes while nothing else would ever come."""
+    told()
+    time.sleep(60)
+    raise AssertionError("the notice did not end the waiting")
+
+
+@jax.jit
+def add(state: TrainState, batch, _teacher):
+    w = state.params["w"] * 1.25 + batch["tokens"].sum().astype(jnp.float32)
+    one = jnp.float32(1)
+    metrics = {
+        "loss": w.sum(),
+        "tokens": one,
+        "slots": one,
+        "grad_norm": one,
+        "ce": one,
+        "kl": 0 * one,
+        "accuracy": one,
+    }
+    return dataclasses.replace(state, step=state.step + 1, params={"w": w}), metrics
+
+
+def run(directory, batches, step=add, lines=None) -> TrainState:
+    state = TrainState(jnp.int32(0), {"w": jnp.zeros(4)}, {}, ())
+    lines = [] if lines is None else lines
+    with Store(directory) as store:
+        return train(
+            CONFIG,
+            state=resume(store, state, batches),
+            template=None,
+            step=step,
+            learning_rate=lambda step: 0.1,
+            batches=batches,
+            teacher=None,
+            store=store,
+            meta={},
+            recorder=Recorder(None, 0),
+            meter=Meter(STEPS, 1.0, None),
+            hooks=Hooks(write=lines.append),
+        )
+
+
+def told_in_step(number):
+    def step(state, batch, teacher):
+        if int(state.step) == number:
+            told()
+        return add(state, batch, teacher)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved"),
+    [
+        ("in the first step", 1),
+        ("in a step", 4),
+        ("in the step that saves", 5),
+        ("between data", 6),
+        ("while data stall", 7),
+        ("twice", 7),
+        ("before anything", None),
+    ],
+)
+def test_a_run_told_to_end_saves_goes_on_and_ends_with_the_same_bits(tmp_path, kind, saved):
+    wanted = run(tmp_path / "whole", Counting())
+    at, step = {}, add
+    if kind == "in the first step":
+        step = told_in_step(0)
+    elif kind == "in a step":
+        step = told_in_step(3)
+    elif kind == "in the step that saves":
+        step = told_in_step(4)
+    elif kind == "between data":
+        at = {6: told}
+    elif kind == "while data stall":
+        at = {7: told_while_waiting}
+    elif kind == "twice":
+        at = {7: lambda: (told(), told())}
+    elif kind == "before anything":
+        at = {0: told_while_waiting}
+    lines = []
+    with pytest.raises(Preempted, match="told to end") as caught:
+        run(tmp_path / "cut", Counting(at), step, lines)
+    assert caught.value.exit_code == 75
+    assert any(line.startswith("told to end after step") for line in lines)
+    with Store(tmp_path / "cut") as store:
+        assert store.latest() == saved
+    if saved is not None:
+        assert any(line.startswith(f"committed step {store.latest()}: ") for line in lines)
+    again = run(tmp_path / "cut", Counting())
+    assert int(again.step) == STEPS
+    np.testing.assert_array_equal(np.asarray(again.params["w"]), np.asarray(wanted.params["w"]))
+
+
+def test_a_run_in_which_nothing_happens_is_ended_with_its_stacks(tmp_path):
+    program = textwrap.dedent("""
+        import time
+        from gemma4_jax.train.interruption import Watchdog
+
+        def hang():
+            time.sleep(60)
+
+        with Watchdog(0.5) as watchdog:
+            with watchdog.paused():
+                time.sleep(1.5)
+            for _ in range(4):
+                time.sleep(0.3)
+                watchdog.beat("step 7")
+            print("alive", flush=True)
+            hang()
+        """)
+    done = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=60)
+    assert done.returncode == STALLED, done.stderr
+    assert done.stdout == "alive\n"
+    assert "in step 7" in done.stderr
+    assert "in hang" in done.stderr
