@@ -292,6 +292,13 @@ def test_required_calls_end_as_the_chat_format_has_it(tokenizer):
     assert constraint.finished
 
 
+def test_answers_do_not_end_as_calls_do(tokenizer):
+    constraint = OutputForm(regex="a+").constraint(tokenizer)
+    assert constraint is not None
+    constraint.advance(tokenizer.encode("a")[0])
+    assert allowed(constraint) & set(tokenizer.stop_ids) == {1, 106}
+
+
 def test_auto_holds_calls_to_their_schemas_and_leaves_text_alone(tokenizer):
     constraint = OutputForm(strict_tools=True).constraint(tokenizer, tools=TOOLS)
     assert constraint is not None
@@ -314,7 +321,7 @@ def test_thought_then_form(tokenizer):
     forms = {
         "schema": OutputForm(schema=PAIR, thinking_budget=5),
         "calls": OutputForm(tool_choice="required", thinking_budget=5),
-        "either": OutputForm(schema=PAIR, thinking_budget=5, strict_tools=True),
+        "either": OutputForm(schema=PAIR, thinking_budget=5),
     }
     for name, form in forms.items():
         vocabulary = Vocabulary.of(tokenizer)

@@ -54,7 +54,8 @@ class OutputForm:
     ) -> Constraint | None:
         """A fresh constraint of one output; None where nothing is constrained.
 
-        With tools and tool choice auto, an output is calls or an answer of this form.
+        With tools and tool choice auto, an output is calls or an answer of this form; where the answer has one, calls are held
+        to their schemas too.
 
         Args:
             tokenizer: the model's.
@@ -71,6 +72,7 @@ class OutputForm:
             raise UserError("thinking_budget limits thoughts, but the prompt asks for none; set enable_thinking too.")
         thoughts = thinking and self.thinking_budget != 0
         parts: list[Constraint] = []
+        inner = self._answer(tokenizer, stops)
         calls = tool_constraint(
             self.tool_choice,
             tools,
@@ -78,11 +80,10 @@ class OutputForm:
             stops,
             thoughts=thoughts,
             parallel=self.parallel_tool_calls,
-            constrain_auto=self.strict_tools,
+            constrain_auto=self.strict_tools or inner is not None,
         )
         if calls is not None:
             parts.append(calls)
-        inner = self._answer(tokenizer, stops)
         if inner is not None:
             may_call = bool(tools) and self.tool_choice != "none"
             parts.append(Answer(inner, Vocabulary.of(tokenizer), stops, thoughts=thoughts, calls=may_call))
@@ -93,6 +94,8 @@ class OutputForm:
         return AllOf(parts, Vocabulary.of(tokenizer), stops)
 
     def _answer(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...]) -> Constraint | None:
+        # <|tool_response> ends calls; an answer ends with the others, if there are any.
+        stop_ids = tuple(index for index in stop_ids if index != tokenizer.special.tool_response_open) or stop_ids
         if self.schema is not None:
             return Grammars.of(tokenizer).schema(self.schema).constraint(stop_ids)
         if self.regex is not None:
