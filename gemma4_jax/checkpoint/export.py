@@ -6,7 +6,7 @@ and compares what the file will decode to with what the forward pass computes. T
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from gemma4_jax.checkpoint.canvas import Canvas
 from gemma4_jax.checkpoint.lattice import Drift, Encoded, check_finite, encode
 from gemma4_jax.checkpoint.mismatch import listed
-from gemma4_jax.checkpoint.source import Rows, Source
+from gemma4_jax.checkpoint.source import CodedRows, Rows, Source
 from gemma4_jax.errors import UserError
 from gemma4_jax.quant.grids import BlockGrid
 
@@ -104,24 +104,18 @@ def _order(source: Source) -> list[str]:
 
 def _write_tensor(source: Source, name: str, storage: Storage, home: Mapping[str, Canvas]) -> Fate:
     """Rounds, packs and compares one tensor, block by block of rows."""
-    tensor: Rows = source.tensors[name]
-    trained, drift = source.trained.get(source.entry(name).parameter), Drift()
-    grid = source.grid(name)
+    trained, grid = source.trained.get(source.entry(name).parameter), source.grid(name)
     if storage.grid is not None and (grid is None or storage.grid.name != grid.name):
         raise ValueError(f"{name} is on {grid}, the storage wants {storage.grid}")
-    for rows, block in tensor.blocks():
-        weights = np.asarray(block, np.float32)
-        check_finite(weights, name, source.origin)
+    drift, tensor = Drift(), source.tensors[name]
+    for rows, weights, rounded in _rounded_blocks(tensor, trained, source.origin):
         # What the forward pass of the source computes with.
-        wanted: Encoded | None = None if trained is None else encode(trained, weights)
-        if wanted is not None:
-            check_finite(wanted.values, name, source.origin)
-        base = weights if wanted is None else wanted.values
-        packed: Any = base
+        base = weights if rounded is None else rounded.values
+        given: Any = base
         if grid is not None:
-            packed = wanted if wanted is not None and trained == grid else encode(grid, base)
-            check_finite(packed.values, name, source.origin)
-        given = packed if storage.grid is not None or grid is None else packed.values
+            encoded = rounded if rounded is not None and trained == grid else encode(grid, base)
+            check_finite(encoded.values, name, source.origin)
+            given = encoded if storage.grid is not None else encoded.values
         for target, values in storage.pack(rows, given):
             home[target].add(target, values)
         exact = given.values if isinstance(given, Encoded) else given
@@ -130,6 +124,21 @@ def _write_tensor(source: Source, name: str, storage: Storage, home: Mapping[str
         drift.compare(base, held, (grid and grid.block) or base.shape[-1])
     label = None if grid is None else grid.name
     return Fate(name, storage.label, label, tensor.shape, drift.relative, drift.blocks, drift.off)
+
+
+def _rounded_blocks(
+    tensor: Rows, trained: BlockGrid | None, origin: str
+) -> Iterator[tuple[slice, np.ndarray, Encoded | None]]:
+    """(rows, float32 weights, the same on the grid they were trained on) of a tensor; codes of a file are taken as they are."""
+    if trained is not None and isinstance(tensor, CodedRows):
+        for rows, encoded in tensor.coded_blocks():
+            check_finite(encoded.values, tensor.name, origin)
+            yield rows, encoded.values, encoded
+        return
+    for rows, block in tensor.blocks():
+        weights = np.asarray(block, np.float32)
+        check_finite(weights, tensor.name, origin)
+        yield rows, weights, None if trained is None else encode(trained, weights)
 
 
 def _refuse_drift(source: Source, fates: Iterable[Fate]) -> None:

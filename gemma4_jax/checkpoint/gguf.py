@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -16,16 +15,15 @@ from gemma4_jax.checkpoint.ggml_types import F32, GgmlType, float_type, type_for
 from gemma4_jax.checkpoint.gguf_file import Metadata, Placed, Value, lay_out, read_header
 from gemma4_jax.checkpoint.hf import assemble
 from gemma4_jax.checkpoint.lattice import Encoded, encode
-from gemma4_jax.checkpoint.mismatch import Mismatch, listed
+from gemma4_jax.checkpoint.mismatch import Mismatch
 from gemma4_jax.checkpoint.placement import Shardings, default_device
+from gemma4_jax.checkpoint.quantised import grids_found
 from gemma4_jax.checkpoint.safetensors_io import read_blocks
 from gemma4_jax.checkpoint.source import Source, with_grids
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.quant.grids import BlockGrid, grid_named
-
-logger = logging.getLogger(__name__)
 
 GRIDS_KEY = "gemma4_jax.grids"
 """Our own metadata key: JSON, parameter -> grid. Other programs ignore it; files without it are looked at block by block."""
@@ -53,6 +51,11 @@ def write_gguf(
       name: general.name.
       requantise: see `export.write`.
     """
+    if source.cfg.is_multimodal:
+        text = source.text_names()
+        source = dataclasses.replace(
+            source, cfg=source.cfg.text_only(), tensors={tensor: source.tensors[tensor] for tensor in text}
+        )
     storages = {tensor: _storage(source, tensor, dtype) for tensor in source.tensors}
     frequencies = gguf_names.rope_freqs(source.cfg)
     forms = {gguf_names.ROPE_FREQS: (F32, frequencies.shape)}
@@ -132,6 +135,11 @@ class GgufRows:
     checked: bool = False
 
     @property
+    def coded(self) -> bool:
+        """Whether the file has codes of it."""
+        return self.placed.type.float_dtype is None
+
+    @property
     def dtype(self) -> str:
         """Of the values that `blocks` gives."""
         kind = self.placed.type
@@ -209,7 +217,7 @@ def gguf_source(path: Path) -> Source:
         if tensor.fits and not tensor.checked:
             for _ in tensor.blocks():
                 pass
-    grids = grids_found(model.tensors, model.cfg, path)
+    grids = grids_found(model.tensors, model.cfg, str(path))
     return Source(model.cfg, model.tensors, grids, str(path), (path,), trained=grids)
 
 
@@ -223,7 +231,7 @@ def load_gguf(
     """The model of a file; `dtype` None: quantised weights as float32, which holds them exactly."""
     found = read_gguf(path)
     model = assemble(found.cfg, found.tensors, dtype=dtype, compute_dtype=compute_dtype, shardings=shardings)
-    return with_grids(model, grids_found(found.tensors, found.cfg, path))
+    return with_grids(model, grids_found(found.tensors, found.cfg, str(path)))
 
 
 def _declared(metadata: Metadata, cfg: ModelConfig, path: Path) -> dict[str, BlockGrid]:
@@ -237,26 +245,4 @@ def _declared(metadata: Metadata, cfg: ModelConfig, path: Path) -> dict[str, Blo
         raise UserError(f"{path} is damaged: its key {GRIDS_KEY} cannot be read ({error}).") from error
     if not found.keys() <= parameters:
         raise UserError(f"{path} is damaged: its key {GRIDS_KEY} names parameters that the model does not have.")
-    return found
-
-
-def grids_found(tensors: Mapping[str, GgufRows], cfg: ModelConfig, path: Path) -> dict[str, BlockGrid]:
-    """The grid of each parameter all of whose tensors lie on it; to be asked after their blocks were read.
-
-    Quantised ones that lie on none of our grids, or not together, are counted in a log: they are float from here on.
-    """
-    table = names.table(cfg)
-    fits: dict[str, tuple[BlockGrid, ...]] = {}
-    for name, tensor in tensors.items():
-        parameter = table[name].parameter
-        before = fits.get(parameter, tensor.fits)
-        fits[parameter] = tuple(grid for grid in before if grid in tensor.fits)
-    found = {parameter: grids[0] for parameter, grids in fits.items() if grids}
-    coded = [name for name, tensor in tensors.items() if tensor.placed.type.float_dtype is None]
-    lost = [name for name in coded if table[name].parameter not in found]
-    if lost:
-        logger.warning(
-            "%s: %d of %d quantised tensors lie on no grid of ours (%s); they are float weights from here on",
-            *(path, len(lost), len(coded), listed(lost)),
-        )
     return found

@@ -94,7 +94,10 @@ def to_json(metadata: Metadata, where: str) -> dict[str, Any]:
     names = set(SPECIAL_PIECES.values()) - {SPECIAL_PIECES["newline"]} | {MASK}
     added = [
         {
-            "id": index, "content": piece, "special": kind == CONTROL, "normalized": False,
+            "id": index,
+            "content": piece,
+            "special": kind == CONTROL,
+            "normalized": False,
             **dict.fromkeys(("single_word", "lstrip", "rstrip"), False),
         }
         for index, (piece, kind) in enumerate(zip(pieces, types, strict=True))

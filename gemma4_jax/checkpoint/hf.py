@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from gemma4_jax.checkpoint import names
-from gemma4_jax.checkpoint.mismatch import Mismatch, listed
+from gemma4_jax.checkpoint.mismatch import Mismatch
 from gemma4_jax.checkpoint.names import Entry
 from gemma4_jax.checkpoint.placement import Shardings, default_device, dtype_name
 from gemma4_jax.checkpoint.safetensors_io import FLOATS, Tensor, copy, write
@@ -36,13 +36,13 @@ def load_hf(
     text_only: bool = False,
     shardings: Shardings = default_device,
 ) -> Transformer:
-    """The text model of a Hugging Face directory; both name layouts, single file or sharded.
+    """The model of a Hugging Face directory; both name layouts, single file or sharded.
 
     Args:
       path: directory with config.json and safetensors.
       dtype: of the parameters; None: as stored, each parameter in the widest dtype of its tensors.
       compute_dtype: what layers compute in; None: `dtype`, or the embedding's.
-      text_only: skip the tensors of vision and audio towers without reading their bytes. Without it they are an error.
+      text_only: leave out the vision and audio towers, without reading their tensors' bytes.
       shardings: where each parameter goes. One parameter at a time is on the host; on one CPU it stays where it was read.
 
     Raises:
@@ -55,7 +55,7 @@ def load_hf(
 def stored_tensors(path: str | Path, text_only: bool = False) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config of a directory without quantisation and its text tensors by the names of `names.table`; see `load_hf`."""
     directory = checkpoint_directory(path)
-    cfg = read_config(directory)
+    cfg = read_config(directory).text_only() if text_only else read_config(directory)
     return cfg, text_tensors(directory, cfg, tensors_of(directory), text_only)
 
 
@@ -99,7 +99,9 @@ def save_hf(
     stop_ids: Sequence[int] = STOP_IDS,
     extra_files: Iterable[str | Path] = (),
 ) -> Path:
-    """Writes a text-only `Gemma4ForCausalLM` directory; a model trained on a grid is written as the grid rounds it.
+    """Writes a `Gemma4ForConditionalGeneration` directory, or a text-only `Gemma4ForCausalLM` one for a model without towers.
+
+    A model trained on a grid is written as the grid rounds it.
 
     Everything goes into a directory beside `path` that is renamed at the end, so `path` is complete or absent.
 
@@ -130,8 +132,8 @@ def save_hf(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_weights(model, partial, code, limit)
-        _write_json(partial / "config.json", model.cfg.to_hf(dtype=FLOATS[code].name, spelling=spelling))
-        _write_json(partial / "generation_config.json", generation_config(model.cfg, stop_ids))
+        write_json(partial / "config.json", model.cfg.to_hf(dtype=FLOATS[code].name, spelling=spelling))
+        write_json(partial / "generation_config.json", generation_config(model.cfg, stop_ids))
         for file in extra_files:
             shutil.copy(file, partial)
         partial.replace(target)
@@ -195,25 +197,23 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def text_tensors(directory: Path, cfg: ModelConfig, stored: dict[str, Tensor], text_only: bool) -> dict[str, Tensor]:
-    """The text model's tensors without prefix: exactly those of the table, in the right shapes."""
-    towers = [name for name in stored if name.startswith(names.TOWERS)]
-    if towers and not text_only:
-        raise UserError(
-            f"{directory} has {len(towers)} tensors of vision and audio towers ({listed(towers[:2])}, ...); this version "
-            "models text only: pass text_only=True to leave them out."
-        )
+    """The model's tensors by the names of the table: exactly those of the table, in the right shapes; towers unless `text_only`."""
+    towers = [name for name in stored if name.startswith(names.TOWERS)] if text_only else []
     whole = any(name.startswith(names.MULTIMODAL_PREFIX) for name in stored)
     prefix = names.MULTIMODAL_PREFIX if whole else names.TEXT_PREFIX
     ignored = {*towers, names.HEAD, *(prefix + name for name in names.dead(cfg))}
-    wanted = {prefix + name: list(entry.shape) for name, entry in names.table(cfg).items()}
+    wanted = {names.in_file(name, prefix): list(entry.shape) for name, entry in names.table(cfg).items()}
     got = {name: list(tensor.shape) for name, tensor in stored.items() if name not in ignored}
     wrong = Mismatch.between(wanted, got)
     if wrong:
         hint = " Is this config.json of another variant?" if wrong.misshaped else ""
+        if any(name.startswith(names.TOWERS) for name in wrong.missing):
+            hint = " Its towers are not there: pass text_only=True to load the text model alone."
         raise UserError(f"{directory} does not hold the tensors its config.json asks for: {wrong}.{hint}")
     if names.HEAD in stored:
         _refuse_untied(directory, stored[names.HEAD], stored[prefix + "embed_tokens.weight"])
-    return {name.removeprefix(prefix): tensor for name, tensor in stored.items() if name not in ignored}
+    places = {names.in_file(name, prefix): name for name in names.table(cfg)}
+    return {places[name]: tensor for name, tensor in stored.items() if name not in ignored}
 
 
 def _refuse_untied(directory: Path, head: Tensor, embed: Tensor) -> None:
@@ -246,7 +246,8 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _write_weights(model: Transformer, directory: Path, code: str, limit: int) -> None:
     """model.safetensors, or shards and their index."""
     values = arrays(model)
-    entries = {names.TEXT_PREFIX + name: entry for name, entry in names.table(model.cfg).items()}
+    prefix = names.MULTIMODAL_PREFIX if model.cfg.is_multimodal else names.TEXT_PREFIX
+    entries = {names.in_file(name, prefix): entry for name, entry in names.table(model.cfg).items()}
     sizes = {name: int(np.prod(entry.shape, dtype=np.int64)) * FLOATS[code].itemsize for name, entry in entries.items()}
 
     def read(name: str) -> np.ndarray:
@@ -268,7 +269,7 @@ def _write_weights(model: Transformer, directory: Path, code: str, limit: int) -
         write(directory / file, {name: entries[name].shape for name in shard}, code, read)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        _write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+        write_json(directory / INDEX, {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
 def _on_host(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
@@ -278,5 +279,6 @@ def _on_host(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(array)[index])
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """An indented JSON file."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from gemma4_jax.checkpoint.hf import checkpoint_directory, load_hf, read_config, stored_tensors
+from gemma4_jax.checkpoint.hf import checkpoint_directory, read_config
 from gemma4_jax.checkpoint.placement import Which, default_device
 from gemma4_jax.checkpoint.shards import INDEX, SINGLE
 from gemma4_jax.checkpoint.source import Source
@@ -33,7 +33,7 @@ def load(
       path: the directory, or a .gguf file.
       dtype: of the parameters; None: as stored.
       compute_dtype: what layers compute in; None: `dtype`, else as stored.
-      text_only: leave out the vision and audio towers of a Hugging Face checkpoint; without it they are an error.
+      text_only: leave out the vision and audio towers of a Hugging Face checkpoint, without reading their tensors' bytes.
       mesh: where the parameters go, cut as `sharding.PARAMETERS` says; None: this process's first device.
       step: of a training run: a number, "latest" or "best".
 
@@ -47,7 +47,9 @@ def load(
 
         return load_gguf(Path(text), dtype=dtype, compute_dtype=compute_dtype, shardings=shardings)
     if not _is_ours(text):
-        return load_hf(text, dtype=dtype, compute_dtype=compute_dtype, text_only=text_only, shardings=shardings)
+        from gemma4_jax.checkpoint.quantised import load_directory
+
+        return load_directory(text, dtype=dtype, compute_dtype=compute_dtype, text_only=text_only, shardings=shardings)
     from gemma4_jax.checkpoint import store  # Orbax takes a second to import
 
     return store.load_model(text, dtype=dtype, compute_dtype=compute_dtype, shardings=shardings, step=step)
@@ -75,17 +77,12 @@ def source(path: str | os.PathLike[str], *, text_only: bool = False, step: Which
 
         return gguf_source(Path(text))
     if not _is_ours(text):
-        return hf_source(text, text_only)
+        from gemma4_jax.checkpoint.quantised import directory_source
+
+        return directory_source(text, text_only)
     from gemma4_jax.checkpoint import store
 
     return store.model_source(text, step)
-
-
-def hf_source(path: str, text_only: bool) -> Source:
-    """A Hugging Face directory as a source."""
-    cfg, stored = stored_tensors(path, text_only)
-    files = {tensor.file for tensor in stored.values()}
-    return Source(cfg, stored, {}, path, (Path(path) / "config.json", *sorted(files)))
 
 
 def is_gguf(path: str) -> bool:

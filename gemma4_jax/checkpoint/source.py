@@ -5,26 +5,32 @@ input), and the grid of each parameter that has one.
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from gemma4_jax.checkpoint import names
+from gemma4_jax.checkpoint.lattice import Encoded
 from gemma4_jax.checkpoint.names import Entry
 from gemma4_jax.checkpoint.placement import Which
 from gemma4_jax.checkpoint.safetensors_io import FLOATS, copy, row_blocks
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
-from gemma4_jax.model.parameters import arrays
+from gemma4_jax.model.embed import Embedding
+from gemma4_jax.model.linear import Linear, Weight
+from gemma4_jax.model.parameters import arrays, modules
 from gemma4_jax.model.transformer import Transformer, abstract
 from gemma4_jax.quant.grids import BlockGrid
 from gemma4_jax.quant.policy import quantisable
 
+Kind = Literal["linear", "experts", "table", "tower", "other"]
+"""Linear layers, experts stacked in one tensor, embedding tables, all of vision and audio, and norms and scalars."""
 CODES = {dtype: code for code, dtype in FLOATS.items()}
 DIGEST_BLOCK = 16 << 20
 CHUNK_CACHE = 1 << 30
@@ -45,6 +51,15 @@ class Rows(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """(rows, values); each block at most about 8 MB or one row, overwritten by the next."""
+        ...
+
+
+@runtime_checkable
+class CodedRows(Rows, Protocol):
+    """A tensor that is stored as codes."""
+
+    def coded_blocks(self) -> Iterator[tuple[slice, Encoded]]:
+        """(rows, codes and scales as the file has them)."""
         ...
 
 
@@ -72,9 +87,13 @@ class Source:
         """Where a tensor lies in our model."""
         return names.table(self.cfg)[name]
 
-    def role(self, name: str) -> str | None:
-        """The role of a tensor's weight, as policies call it; None for norms and scalars."""
-        return _roles(self.cfg).get(self.entry(name).parameter)
+    def kind(self, name: str) -> "Kind":
+        """What a tensor is in Hugging Face's model."""
+        return "tower" if name.startswith(names.TOWERS) else _kinds(self.cfg).get(self.entry(name).parameter, "other")
+
+    def text_names(self) -> list[str]:
+        """The tensors of the text model."""
+        return [name for name in self.tensors if not name.startswith(names.TOWERS)]
 
     def model(self) -> Transformer:
         """The model without arrays (ShapeDtypeStructs), with its grids: what policies work on."""
@@ -177,8 +196,18 @@ def with_grids(model: Transformer, grids: Mapping[str, BlockGrid]) -> Transforme
     return new
 
 
-def _roles(cfg: ModelConfig) -> dict[str, str]:
-    return {f"{path}.w": module.role for path, module in quantisable(abstract(cfg))}
+@functools.lru_cache(maxsize=8)
+def _kinds(cfg: ModelConfig) -> dict[str, "Kind"]:
+    """Parameter -> what it is, for the weights."""
+    found: dict[str, Kind] = {}
+    for path, module in modules(abstract(cfg)):
+        if isinstance(module, Linear):
+            found[f"{path}.w"] = "linear"
+        elif isinstance(module, Weight):
+            found[f"{path}.w"] = "experts"
+        elif isinstance(module, Embedding):
+            found[f"{path}.w"] = "table"
+    return found
 
 
 def _read(array: Any, index: tuple[Any, ...]) -> np.ndarray:
