@@ -37,18 +37,20 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 }
 """How a parameter is cut where it is used. Optimizer moments lie where their parameter lies."""
 
-NEVER_CUT = ("blocks", "layers_in_block", "gate_up")
+NEVER_CUT = ("blocks", "layers_in_block", "gate_up", "tower_layers")
 """Dims that a loop or a reshape goes through."""
 
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
+    "media": ("data", "fsdp", "expert"),
     "length": ("context",),
     "slots": ("context",),
     "q_heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffw": ("tensor",),
 }
-"""How activations and caches are cut; every other dim is whole on each device."""
+"""How activations and caches are cut; every other dim is whole on each device. `media`: images, frames and clips; the towers'
+weights are whole where they are used, because a tower is small beside its text model."""
 
 
 @dataclasses.dataclass(frozen=True)

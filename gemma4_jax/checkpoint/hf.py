@@ -78,7 +78,7 @@ def assemble(
     def read(parameter: str, variable: nnx.Variable) -> jax.Array:
         host = _aligned(variable.get_value().shape, dtypes[parameter])
         for entry, tensor in pieces[parameter]:
-            target = entry.view(host[(*entry.index, ...)])
+            target = np.atleast_1d(entry.view(host[(*entry.index, ...)]))
             for rows, block in tensor.blocks():
                 copy(target[rows], block)
         sharding = shardings(parameter, variable)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma4_jax.checkpoint import names_towers
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model.linear import Weight
 from gemma4_jax.model.parameters import modules, variables
@@ -20,7 +21,7 @@ from gemma4_jax.model.transformer import abstract
 
 MULTIMODAL_PREFIX = "model.language_model."
 TEXT_PREFIX = "model."
-TOWERS = ("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.")
+TOWERS = names_towers.PREFIXES
 HEAD = "lm_head.weight"
 """The tied output head: some files store it beside the embedding it equals."""
 
@@ -78,14 +79,17 @@ class Entry:
         """`own` = `parameter[index]` (C-contiguous) in the shape of the Hugging Face tensor, sharing its memory."""
         if self.inputs is None or self.outputs is None:
             return own.reshape(self.shape)
-        return np.swapaxes(own.reshape(_matrix(own.shape, self.inputs, self.outputs)), -1, -2)
+        matrix = np.swapaxes(own.reshape(_matrix(own.shape, self.inputs, self.outputs)), -1, -2)
+        # A kernel of a convolution: the inputs' dims apart. Splitting an axis is always a view.
+        return matrix if matrix.shape == self.shape else matrix.reshape(self.shape)
 
 
 @functools.lru_cache(maxsize=8)
 def table(cfg: ModelConfig) -> dict[str, Entry]:
-    """Every tensor of a text checkpoint without its prefix -> its place; layer by layer, as files are written.
+    """Every tensor of a checkpoint -> its place; layer by layer, as files are written.
 
-    Every element of every parameter is in exactly one entry. Treat the result as read-only.
+    The text model's names stand without their prefix, the towers' with it (`TOWERS`, see `in_file`). Every element of every
+    parameter is in exactly one entry. Treat the result as read-only.
     """
     model = abstract(cfg)
     matrices = {f"{path}.w": module for path, module in modules(model) if isinstance(module, Weight)}
@@ -95,12 +99,22 @@ def table(cfg: ModelConfig) -> dict[str, Entry]:
         for name, index in _places(model, parameter):
             own = shape[len(index) :]
             weight = matrices.get(parameter)
-            if weight is None:
+            special = names_towers.file_shape(parameter, own) if names_towers.is_tower(parameter) else None
+            if special is not None and weight is not None:
+                found[name] = Entry(parameter, index, special, weight.n_in, weight.n_out)
+            elif special is not None:
+                found[name] = Entry(parameter, index, special)
+            elif weight is None:
                 found[name] = Entry(parameter, index, own or (1,))
             else:
                 *lead, rows, columns = _matrix(own, weight.n_in, weight.n_out)
                 found[name] = Entry(parameter, index, (*lead, columns, rows), weight.n_in, weight.n_out)
     return dict(sorted(found.items(), key=_file_order))
+
+
+def in_file(name: str, prefix: str) -> str:
+    """A name of the table as a file has it whose text tensors begin with `prefix`."""
+    return name if name.startswith(TOWERS) else prefix + name
 
 
 def dead(cfg: ModelConfig) -> frozenset[str]:
@@ -116,6 +130,8 @@ def _places(model: Any, parameter: str) -> list[tuple[str, tuple[int, ...]]]:
     """The names of one parameter's tensors and the index of each."""
     if parameter in _TOP:
         return [(_TOP[parameter], ())]
+    if names_towers.is_tower(parameter):
+        return names_towers.places(parameter, variables(model)[parameter].get_value().shape)
     stack_name, kind, rest = parameter.split(".", 2)
     stack: LayerStack = getattr(model, stack_name)
     plan, suffix = stack.plan, _LAYER[rest]
@@ -134,9 +150,11 @@ def _matrix(shape: tuple[int, ...], inputs: int, outputs: int) -> tuple[int, ...
     return (*shape[:cut], math.prod(shape[cut : cut + inputs]), math.prod(shape[cut + inputs :]))
 
 
-def _file_order(item: tuple[str, Entry]) -> tuple[int, int]:
-    """Embeddings, then layers in order, then the rest; inside a layer in the order of `_LAYER`."""
+def _file_order(item: tuple[str, Entry]) -> tuple[int, ...]:
+    """Embeddings, then layers in order, then the rest; inside a layer in the order of `_LAYER`; then the towers."""
     name = item[0]
+    if name.startswith(TOWERS):
+        return 1 << 31, *names_towers.order(name)
     layer = re.match(r"layers\.(\d+)\.(.*)", name)
     if layer:
         return int(layer[1]), list(_LAYER.values()).index(layer[2])

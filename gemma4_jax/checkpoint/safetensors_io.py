@@ -95,7 +95,11 @@ def read_blocks(
 
 
 def row_blocks(shape: tuple[int, ...], itemsize: int, step: int | None = None) -> Iterator[slice]:
-    """Slices of the first axis that cover it: of `step` rows, else of at most BLOCK_BYTES (but at least one row)."""
+    """Slices of the first axis that cover it: of `step` rows, else of at most BLOCK_BYTES (but at least one row).
+
+    A scalar is one row.
+    """
+    shape = shape or (1,)
     row_bytes = max(1, math.prod(shape[1:]) * itemsize)
     step = step or max(1, BLOCK_BYTES // row_bytes)
     for start in range(0, shape[0], step):
@@ -171,7 +175,7 @@ def write(file: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, read: C
             assert values.shape == shape, f"{name}: {values.shape} is not {shape}"
             for rows in row_blocks(shape, max(target.itemsize, values.itemsize)):
                 block = np.empty((rows.stop - rows.start, *shape[1:]), target)
-                copy(block, values[rows])
+                copy(block, np.atleast_1d(values)[rows])
                 opened.write(block.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
 
 

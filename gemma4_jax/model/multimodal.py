@@ -8,6 +8,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from gemma4_jax.model.linear import Dims, Linear
+from gemma4_jax.model.norm import rms_norm
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +77,17 @@ class SoftTokens:
     soft_index: jax.Array
     block_ids: jax.Array
     longest_image: int = dataclasses.field(metadata={"static": True})
+
+
+class Projector(nnx.Module):
+    """From a tower's width to the text's: RMS norm without a scale, then a linear map."""
+
+    def __init__(self, inputs: Dims, outputs: Dims, eps: float, *, rngs: nnx.Rngs, dtype: str):
+        self.linear = Linear(inputs, outputs, role="projector", stack={}, rngs=rngs, dtype=dtype)
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(rms_norm(x, self.eps))
 
 
 def soft_frames(frames: int) -> int:

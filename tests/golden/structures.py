@@ -155,6 +155,42 @@ TINY: dict[str, Tiny] = {
     ),
 }
 
+_MEDIA_TOWER = {"num_hidden_layers": 2, "position_embedding_size": 256}
+MEDIA: dict[str, Tiny] = {
+    "media_e2b": Tiny(
+        text=_tiny_text(
+            10,
+            4,
+            intermediate_size=48,
+            num_key_value_heads=1,
+            num_kv_shared_layers=5,
+            use_double_wide_mlp=True,
+            hidden_size_per_layer_input=16,
+        ),
+        towers={
+            "vision_config": _tiny_vision(use_clipped_linears=True, **_MEDIA_TOWER),
+            "audio_config": {**_TINY_AUDIO, "num_hidden_layers": 2},
+        },
+        weight_seed=41,
+        token_seed=41,
+    ),
+    "media_31b": Tiny(
+        text=_tiny_text(
+            6,
+            5,
+            intermediate_size=64,
+            num_key_value_heads=4,
+            num_global_key_value_heads=2,
+            attention_k_eq_v=True,
+            use_bidirectional_attention="vision",
+        ),
+        towers={"vision_config": _tiny_vision(standardize=True, **_MEDIA_TOWER)},
+        weight_seed=42,
+        token_seed=42,
+    ),
+}
+"""Fixtures with towers of several layers and prompts with images, frames and sounds (`media_inputs.py`)."""
+
 
 def _full_text(num_layers: int, sliding_per_full: int, **overrides: Any) -> dict[str, Any]:
     return {
