@@ -8,6 +8,7 @@ import copy
 import json
 import random
 import re
+import sys
 from typing import Literal
 
 import numpy as np
@@ -504,3 +505,9 @@ def test_constrained_calls_run(tokenizer):
     for parsed in outputs(tokenizer, OutputForm(tool_choice="required"), 20, tools=[tool.declaration]):
         for call in parsed.tool_calls:
             assert isinstance(tool.run(call["arguments"]), float)
+
+
+def test_without_llguidance_a_sentence_says_what_to_install(tokenizer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(UserError, match=r"needs the package llguidance; pip install 'gemma4_jax\[structured\]'"):
+        Grammars(tokenizer)

@@ -1,15 +1,30 @@
 """What one output must look like: the form of its answer, whether it calls tools, how long it thinks."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.constraint import AllOf, Answer, Constraint, ThoughtBudget
 from gemma4_jax.infer.structured import Grammars
 from gemma4_jax.infer.tool_choice import ToolChoice, tool_constraint
 from gemma4_jax.infer.vocabulary import Vocabulary
+from gemma4_jax.options import option
 from gemma4_jax.tokenizer import Tokenizer
+
+
+class FormOptions(TypedDict, total=False):
+    """The fields of an OutputForm as keyword arguments."""
+
+    schema: Mapping[str, Any] | bool | str | None
+    regex: str | None
+    grammar: str | None
+    tool_choice: ToolChoice
+    strict_tools: bool
+    parallel_tool_calls: bool
+    thinking_budget: int | None
 
 
 @dataclass(frozen=True)
@@ -103,3 +118,43 @@ class OutputForm:
         if self.grammar is not None:
             return Grammars.of(tokenizer).lark(self.grammar).constraint(stop_ids)
         return None
+
+
+@dataclass(frozen=True)
+class FormConfig:
+    """The form of answers, for a config."""
+
+    schema: str | None = option(None, "a file with the JSON schema that answers obey")
+    regex: str | None = option(None, "a regular expression that answers match as a whole")
+    grammar: str | None = option(None, "a file with a grammar in lark notation that answers obey")
+    tool_choice: str = option("auto", "auto, none, required, or the name of a tool")
+    strict_tools: bool = option(False, "hold the arguments of calls to the tools' schemas")
+    thinking_budget: int | None = option(None, "most tokens of a thought; none: no limit")
+
+    def __post_init__(self) -> None:
+        OutputForm(**self.options())
+
+    def options(self) -> FormOptions:
+        """The arguments of `Sampler.generate`. Raises UserError for a file that cannot be read."""
+        return {
+            "schema": None if self.schema is None else _json_schema(self.schema),
+            "regex": self.regex,
+            "grammar": None if self.grammar is None else _text(self.grammar),
+            "tool_choice": self.tool_choice,
+            "strict_tools": self.strict_tools,
+            "thinking_budget": self.thinking_budget,
+        }
+
+
+def _json_schema(path: str) -> Any:
+    try:
+        return json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"The JSON schema {path} is not JSON ({error}).") from None
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The file {path} cannot be read ({error}).") from None
