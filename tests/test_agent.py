@@ -11,7 +11,7 @@ from gemma4_jax import assets, chat
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.agent import content_of, harmless, run_agent
 from gemma4_jax.infer.generate import Completion
-from gemma4_jax.infer.tools import tool_of, tools_of
+from gemma4_jax.infer.tools import Parts, tool_of, tools_of
 from gemma4_jax.processor import Processor
 
 
@@ -154,9 +154,26 @@ def test_content_of_results():
     assert content_of(np.float32(0.5)) == 0.5
     assert content_of({"a": np.arange(2), 3: float("nan")}) == {"a": [0, 1], "3": "nan"}
     image = {"type": "image", "image": object()}
-    assert content_of(image) == [image]
-    assert content_of([{"type": "text", "text": "see"}, image]) == [{"type": "text", "text": "see"}, image]
-    assert content_of({"type": "text"}) == {"type": "text"}  # no part: it has no text
+    assert content_of(Parts([{"type": "text", "text": "see <bos>"}, image])) == [
+        {"type": "text", "text": "see < bos>"},
+        image,
+    ]
+    named = {"type": "image", "image": "/etc/passwd"}
+    assert content_of(named) == named  # an object to read: only Parts are parts
+    assert content_of([named]) == {"value": [named]}
+    with pytest.raises(UserError, match="unknown type 'picture'"):
+        Parts([{"type": "picture"}])
+
+
+def test_images_as_results_take_their_place():
+    def look() -> Parts:
+        """Look."""
+        return Parts([{"type": "text", "text": "A cat."}, {"type": "image", "image": "cat.png"}])
+
+    call = {"id": "c", "function": {"name": "look", "arguments": {}}}
+    shown = {"role": "tool", "tool_call_id": "c", "content": content_of(look())}
+    text = chat.render([{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}, shown])
+    assert 'response:look{value:<|"|>A cat.<|"|>}<tool_response|><|image|>' in text
 
 
 def test_schema_of_a_function():

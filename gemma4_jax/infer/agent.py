@@ -13,10 +13,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from gemma4_jax.chat_check import PARTS
 from gemma4_jax.errors import UserError, did_you_mean
 from gemma4_jax.infer.tool_choice import ToolChoice
-from gemma4_jax.infer.tools import Tool, tools_of
+from gemma4_jax.infer.tools import Parts, Tool, tools_of
 from gemma4_jax.tokenizer import SPECIAL_PIECES
 
 Reason = Literal["answer", "max_turns", "malformed", "length", "cancelled", "error"]
@@ -129,10 +128,11 @@ def _result(call: Mapping[str, Any], tools: Mapping[str, Tool]) -> dict[str, Any
 
 
 def content_of(value: Any) -> Any:
-    """A function's result as the content of a tool message: text, an object, or content parts (text, images) as they are."""
-    parts = [value] if isinstance(value, Mapping) else value
-    if isinstance(parts, list | tuple) and parts and all(_is_part(part) for part in parts):
-        return [{**part, "text": harmless(part["text"])} if part["type"] == "text" else dict(part) for part in parts]
+    """A function's result as the content of a tool message: text, an object, or the content parts of `Parts`."""
+    if isinstance(value, Parts):
+        return [
+            {**part, "text": harmless(part["text"])} if part["type"] == "text" else dict(part) for part in value.parts
+        ]
     plain = harmless(_plain(value))
     return {"value": plain} if isinstance(plain, list) else plain
 
@@ -149,13 +149,6 @@ def harmless(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [harmless(item) for item in value]
     return value
-
-
-def _is_part(value: Any) -> bool:
-    """A content part: {"type": "text", "text": ...}, or a medium with what holds it."""
-    if not isinstance(value, Mapping) or value.get("type") not in PARTS or len(value) < 2:
-        return False
-    return value["type"] != "text" or isinstance(value.get("text"), str)
 
 
 def _plain(value: Any) -> Any:

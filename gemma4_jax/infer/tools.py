@@ -18,9 +18,10 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from gemma4_jax.chat_check import check_messages
 from gemma4_jax.errors import UserError
 
 SIMPLE = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
@@ -48,6 +49,19 @@ class Tool:
         given = {name: converted(value, self.hints.get(name, Any)) for name, value in arguments.items()}
         bound = inspect.signature(self.function).bind(**given)
         return self.function(*bound.args, **bound.kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a tool returns to show images: content parts, {"type": "text", "text": ...} or {"type": "image", ...}.
+
+    Nothing else a tool returns is taken for parts: a page it has fetched could look like one that names a file.
+    """
+
+    parts: Sequence[Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        check_messages([{"role": "user", "content": list(self.parts)}])
 
 
 def tools_of(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
