@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from gemma4_jax.checkpoint.steps import committed_steps
+from gemma4_jax.checkpoint.steps import absolute, committed_steps
 from gemma4_jax.checkpoint.store import Store, model_meta
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.pipeline import DataConfig, Loader, make_loader
@@ -80,7 +80,7 @@ def _train(
     evaluate = None if run.eval_data is None else _evaluation(run, processor, share, write)
 
     workdir = None if run.workdir is None else Path(run.workdir)
-    resumes = workdir is not None and bool(committed_steps(workdir / "checkpoints"))
+    resumes = workdir is not None and bool(committed_steps(absolute(workdir / "checkpoints")))
     model = make_model(run.model, run.seed, mesh)
     teacher = _teacher(run, model, processor, mesh, write) if isinstance(run, QatRun) else None
     quantised = model
@@ -118,6 +118,7 @@ def _train(
         grad_accum=run.train.grad_accum,
         remat=run.train.remat,
         balance_weight=run.train.balance_weight,
+        skip_above=run.train.skip_above,
         distill_weight=distill.distill_weight if distill else 0.0,
         reverse_kl=distill.reverse_kl if distill else False,
     )
@@ -205,12 +206,12 @@ def _teacher(
     if run.quant.distill_weight == 0.0:
         return None
     if run.quant.teacher is None:
-        return in_compute_dtype(model, run.model.dtype)
+        return in_compute_dtype(policy.without(model), run.model.dtype)
     section = type(run.model)(path=run.quant.teacher, dtype=run.model.dtype, param_dtype=run.model.param_dtype)
     teacher = make_model(section, run.seed, mesh)
     check_agreement(teacher.cfg, processor)
     write(f"teacher: {run.quant.teacher}")
-    return in_compute_dtype(teacher, run.model.dtype)
+    return in_compute_dtype(policy.without(teacher), run.model.dtype)
 
 
 def _samples(run: TrainRun, cfg: ModelConfig, processor: Processor) -> Callable[[Transformer], str] | None:

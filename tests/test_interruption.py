@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax.checkpoint.store import Store
-from gemma4_jax.errors import Preempted
+from gemma4_jax.errors import Preempted, UserError
 from gemma4_jax.train.interruption import STALLED
 from gemma4_jax.train.loop import Hooks, TrainConfig, resume, train
 from gemma4_jax.train.metrics import Meter, Recorder
@@ -64,17 +64,18 @@ def add(state: TrainState, batch, _teacher):
         "grad_norm": one,
         "ce": one,
         "kl": 0 * one,
+        "skipped": 0 * one,
         "accuracy": one,
     }
     return dataclasses.replace(state, step=state.step + 1, params={"w": w}), metrics
 
 
-def run(directory, batches, step=add, lines=None) -> TrainState:
+def run(directory, batches, step=add, lines=None, config=CONFIG) -> TrainState:
     state = TrainState(jnp.int32(0), {"w": jnp.zeros(4)}, {}, ())
     lines = [] if lines is None else lines
     with Store(directory) as store:
         return train(
-            CONFIG,
+            config,
             state=resume(store, state, batches),
             template=None,
             step=step,
@@ -139,6 +140,21 @@ def test_a_run_told_to_end_saves_goes_on_and_ends_with_the_same_bits(tmp_path, k
     again = run(tmp_path / "cut", Counting())
     assert int(again.step) == STEPS
     np.testing.assert_array_equal(np.asarray(again.params["w"]), np.asarray(wanted.params["w"]))
+
+
+def test_a_run_whose_updates_are_all_skipped_is_ended_and_what_was_good_is_kept(tmp_path):
+    def step(state, batch, teacher):
+        bad = int(state.step) >= 5
+        state, metrics = add(state, batch, teacher)
+        return state, {**metrics, "skipped": jnp.float32(bad), "loss": jnp.float32("nan" if bad else 1.0)}
+
+    lines = []
+    config = dataclasses.replace(CONFIG, max_skipped=5)
+    with pytest.raises(UserError, match=r"last 7 updates up to step 12 were skipped \(train.max_skipped=5\)"):
+        run(tmp_path, Counting(), step, lines, config)
+    assert "skipped 3" in next(line for line in lines if line.startswith("step  8/12"))
+    with Store(tmp_path) as store:
+        assert store.latest() == 10
 
 
 def test_a_run_in_which_nothing_happens_is_ended_with_its_stacks(tmp_path):

@@ -58,6 +58,30 @@ def test_micro_batches_change_nothing():
         assert np.linalg.norm(value - other) <= 1e-4 * np.linalg.norm(value) + 1e-12, name
 
 
+def test_updates_that_are_not_finite_or_too_large_change_nothing_but_the_step():
+    model, config = small(), OptimConfig(learning_rate=1e-3)
+    optim = optimizer(config, 10)
+    good = batch_of()
+    bad = {**good, "loss_weights": good["loss_weights"].at[1, 3].set(jnp.inf)}
+    step = make_train_step(model, optim)
+    state, metrics = step(TrainState.create(model, optim, config.freeze), good, None)
+    assert float(metrics["skipped"]) == 0.0
+    before = {name: np.asarray(value) for name, value in state.flat().items()}
+    state, metrics = step(state, bad, None)
+    assert float(metrics["skipped"]) == 1.0
+    assert not np.isfinite(float(metrics["loss"]))
+    for name, value in state.flat().items():
+        if name == "step":
+            assert int(value) == 2
+        else:
+            np.testing.assert_array_equal(np.asarray(value), before[name], err_msg=name)
+    state, metrics = step(state, good, None)
+    assert float(metrics["skipped"]) == 0.0
+    assert any((np.asarray(value) != before[name]).any() for name, value in state.flat().items() if name != "step")
+    careful = make_train_step(model, optim, skip_above=float(metrics["grad_norm"]) / 2)
+    assert float(careful(state, good, None)[1]["skipped"]) == 1.0
+
+
 def test_micro_batches_must_divide_the_batch():
     with pytest.raises(UserError, match="grad_accum=3 does not divide"):
         after_one_step(small(), OptimConfig(), grad_accum=3)
@@ -180,13 +204,15 @@ def test_recorder_drops_what_a_resumed_run_repeats(tmp_path):
 
 def test_log_line():
     meter = Meter(1000, flops_per_token=1e6, peak_flops=1e12)
-    row = {"loss": 2.0, "ce": 2.0, "kl": 0.0, "accuracy": 0.5, "tokens": 10.0, "slots": 20.0}
+    row = {"loss": 2.0, "ce": 2.0, "kl": 0.0, "accuracy": 0.5, "tokens": 10.0, "slots": 20.0, "skipped": 0.0}
     meter.add({**row, "grad_norm": 1.0, "learning_rate": 1e-3})
+    meter.add({**row, "loss": np.nan, "grad_norm": np.nan, "skipped": 1.0, "learning_rate": 1e-3})
     meter.add({**row, "loss": 1.0, "tokens": 30.0, "grad_norm": 3.0, "learning_rate": 2e-3})
     values, line = meter.read(10)
     assert values["loss"] == pytest.approx(1.25)
     assert values["grad_norm"] == 2.0
-    for part in ("step   10/1000", "loss 1.2500", "lr 2.00e-03", "tokens/s", "MFU", "ETA"):
+    assert meter.skipped_in_a_row == 0
+    for part in ("step   10/1000", "loss 1.2500", "skipped 1", "lr 2.00e-03", "tokens/s", "MFU", "ETA"):
         assert part in line
     assert "kl" not in line
 

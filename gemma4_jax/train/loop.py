@@ -38,6 +38,10 @@ class TrainConfig:
     keep_best: bool = option(
         False, "evaluate at every save, and keep the checkpoint with the lowest loss too", may_change=True
     )
+    skip_above: float | None = option(
+        None, "skip updates whose gradient norm is above this; none: only what is not finite"
+    )
+    max_skipped: int = option(20, "end the run after more skipped updates in a row", may_change=True)
     verify: bool = option(True, "compare a checkpoint with its digests before the run goes on from it", may_change=True)
     stall_seconds: float = option(
         1800.0,
@@ -49,7 +53,7 @@ class TrainConfig:
         for name in ("steps", "grad_accum", "log_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is at least 1, got {getattr(self, name)}.")
-        for name in ("eval_every", "sample_every", "save_every", "balance_weight", "stall_seconds"):
+        for name in ("eval_every", "sample_every", "save_every", "balance_weight", "stall_seconds", "max_skipped"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is at least 0, got {getattr(self, name)}.")
 
@@ -127,7 +131,6 @@ def train(
     def save(place: dict[str, Any], evaluated: dict[str, float] | None) -> None:
         if store is None or metrics is None:
             return
-        _refuse_bad_loss(float(metrics["loss"]), done)
         store.save(done, state.flat(), {**meta, "data": place}, metrics=evaluated)
 
     def report() -> None:
@@ -158,7 +161,7 @@ def train(
                 values, line = meter.read(done)
                 hooks.write(line)
                 recorder.write(done, values)
-                _refuse_bad_loss(values["loss"], done)
+                _refuse_skipping(meter.skipped_in_a_row, config.max_skipped, values["loss"], done)
 
             paused = time.perf_counter()
             evaluated = None  # a checkpoint is ranked by its own evaluation, never by an older one
@@ -199,11 +202,12 @@ def _next(batches: Batches, done: int, steps: int) -> dict[str, np.ndarray]:
         ) from None
 
 
-def _refuse_bad_loss(loss: float, step: int) -> None:
-    if not np.isfinite(loss):
+def _refuse_skipping(in_a_row: int, most: int, loss: float, step: int) -> None:
+    if in_a_row > most:
         raise UserError(
-            f"The loss is {loss} at step {step}; this state is not saved. Lower optim.learning_rate or optim.clip_norm, "
-            "or look at the rows of the last batches."
+            f"The last {in_a_row} updates up to step {step} were skipped (train.max_skipped={most}), with a loss of {loss:.4g}: "
+            "loss or gradients are not finite, or beyond train.skip_above. The model is that of before them. Lower "
+            "optim.learning_rate or optim.clip_norm, or look at the rows of the last batches."
         )
 
 

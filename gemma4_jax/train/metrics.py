@@ -74,7 +74,8 @@ class Meter:
     """Means over the steps since the last log line, weighted by trained tokens, and the speed.
 
     Device arrays are only kept, not read, until a line is due: reading each step's loss would make the host wait.
-    Time spent in evaluation, sampling and saving is left out of the speed.
+    Time spent in evaluation, sampling and saving is left out of the speed. `skipped_in_a_row` is how many updates in a row,
+    up to the last line, were skipped.
     """
 
     def __init__(self, steps: int, flops_per_token: float, peak_flops: float | None):
@@ -83,6 +84,7 @@ class Meter:
         self._peak = peak_flops
         self._kept: list[Mapping] = []
         self._paused = 0.0
+        self.skipped_in_a_row = 0
         self._started = time.perf_counter()
 
     def add(self, metrics: Mapping) -> None:
@@ -96,15 +98,21 @@ class Meter:
     def read(self, step: int) -> tuple[dict[str, float], str]:
         """The means since the last call, and the log line; waits for the device."""
         rows = [{name: float(np.asarray(value)) for name, value in row.items()} for row in self._kept]
+        self._count_skipped(rows)
         now = time.perf_counter()
         seconds = max(now - self._started - self._paused, 1e-9)
-        count, tokens = len(rows), sum(row["tokens"] for row in rows)
+        count = len(rows)
+        kept = [
+            row for row in rows if not row["skipped"]
+        ] or rows  # a step that changed nothing says nothing of the model
+        tokens = sum(row["tokens"] for row in kept)
         values = {
-            name: sum(row[name] * row["tokens"] for row in rows) / max(tokens, 1e-9)
+            name: sum(row[name] * row["tokens"] for row in kept) / max(tokens, 1e-9)
             for name in ("loss", "ce", "kl", "accuracy", "balance", "max_load", "unused")
             if name in rows[0]
         }
-        values["grad_norm"] = sum(row["grad_norm"] for row in rows) / count
+        values["grad_norm"] = sum(row["grad_norm"] for row in kept) / len(kept)
+        values["skipped"] = sum(row["skipped"] for row in rows)
         values["learning_rate"] = rows[-1]["learning_rate"]
         values["tokens_per_second"] = sum(row["slots"] for row in rows) / seconds
         values["seconds_per_step"] = seconds / count
@@ -115,10 +123,15 @@ class Meter:
         self._kept, self._paused, self._started = [], 0.0, now
         return values, self._line(step, values)
 
+    def _count_skipped(self, rows: list[dict[str, float]]) -> None:
+        for row in rows:
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if row["skipped"] else 0
+
     def _line(self, step: int, values: Mapping[str, float]) -> str:
         speed = f"MFU {values['mfu']:.1%}" if "mfu" in values else f"{si(values['flops_per_second'])}FLOP/s"
         kl = f"  kl {values['kl']:.4f}" if values["kl"] else ""
         experts = f"  load {values['max_load']:.1f}x" if "max_load" in values else ""
+        experts += f"  skipped {values['skipped']:.0f}" if values["skipped"] else ""
         left = duration((self._steps - step) * values["seconds_per_step"])
         return (
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {values['loss']:.4f}{kl}  "

@@ -30,13 +30,15 @@ def make_train_step(
     distill_weight: float = 0.0,
     reverse_kl: bool = False,
     balance_weight: float = 0.0,
+    skip_above: float | None = None,
 ) -> TrainStep:
     """(state, batch, teacher or None) -> (state, metrics); the state given in is donated.
 
     `template` gives the model's structure, quantisation grids included; its arrays may be abstract. The batch is cut
     into `grad_accum` micro-batches whose gradient sums add up in float32; the loss is the mean over all trained
     tokens of the whole batch. Metrics, float32 scalars: loss, ce, kl, accuracy, tokens (trained), slots (real tokens),
-    grad_norm (before clipping); of a mixture of experts balance, max_load and unused (`model.moe`) too.
+    grad_norm (before clipping), skipped (1: parameters and optimizer state are those of before, because loss or gradients
+    are not finite or the norm is beyond `skip_above`); of a mixture of experts balance, max_load and unused (`model.moe`) too.
     """
     if balance_weight and not template.cfg.num_experts:
         raise UserError(f"train.balance_weight={balance_weight} balances experts, but the model has none; set it to 0.")
@@ -79,7 +81,16 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = cast(dict[str, jax.Array], optax.apply_updates(state.params, updates))
         metrics = {name: sums[key] * scale for name, key in _MEANS.items() if key in sums}
-        metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": optax.tree.norm(grads)}
+        norm = optax.tree.norm(grads)
+        # One number decides on every device of every process alike. Selecting fuses with the update: no memory, no pass.
+        sound = jnp.isfinite(norm) & jnp.isfinite(sums["loss_sum"])
+        if skip_above is not None:
+            sound &= norm <= skip_above
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": norm}
+        metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return step
