@@ -11,6 +11,7 @@ from gemma4_jax.data.pipeline import DataConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.transformer import Transformer, init
 from gemma4_jax.processor import Processor
+from gemma4_jax.quant.activations import check_calibrated
 from gemma4_jax.tokenizer import FILE_NAMES
 from launch.settings import ModelSection
 
@@ -27,7 +28,9 @@ def make_model(section: ModelSection, seed: int, mesh: jax.sharding.Mesh | None 
     """The model of a checkpoint, or a variant with random weights; its parameters shared out on the mesh."""
     dtype, compute_dtype = section.param_dtype, section.dtype
     if section.path is not None:
-        return load(section.path, dtype=dtype, compute_dtype=compute_dtype, text_only=section.text_only, mesh=mesh)
+        model = load(section.path, dtype=dtype, compute_dtype=compute_dtype, text_only=section.text_only, mesh=mesh)
+        check_calibrated(model)
+        return model
     return init(model_config(section), seed, dtype, compute_dtype=compute_dtype, mesh=mesh)
 
 

@@ -24,6 +24,7 @@ class Embedding(nnx.Module):
         self.scale_dim = scale_dim
         self.role = role
         self.grid: Grid | None = None
+        self.grid_scale: nnx.Param | None = nnx.data(None)  # always None: a table keeps its grid's rule
 
     def lookup(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of int32 tokens [B, T] times sqrt(scale_dim) *rounded to dtype*, as bfloat16 checkpoints were trained."""

@@ -1,5 +1,7 @@
 """The sparse half of a 26B-A4B layer: router and experts, dropless."""
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -8,7 +10,7 @@ from flax import nnx
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.kernels.experts import experts
-from gemma4_jax.model.linear import Dims, Linear, Weight, variable_dims
+from gemma4_jax.model.linear import Dims, Linear, Rounding, Weight, variable_dims
 from gemma4_jax.model.mlp import gelu
 from gemma4_jax.model.norm import rms_norm
 from gemma4_jax.sharding import activation_spec, current_mesh
@@ -98,13 +100,22 @@ class Experts(nnx.Module):
     def __call__(self, x_BTD: jax.Array, weights_BTk: jax.Array, index_BTk: jax.Array) -> jax.Array:
         """sum over the chosen experts of weight * expert(x), [B, T, D]; weights and index as Router gives them."""
         gate_up, down = (weight.rounded().astype(x_BTD.dtype) for weight in (self.gate_up, self.down))
+        gate = _gate
+        if (rounding := self.gate_up.activations) is not None:
+            # The same object every time: the gate is a static argument of `experts`.
+            x_BTD, gate = rounding.enter(x_BTD, None), _rounded_gate(rounding)
         with jax.named_scope("experts"):
-            return experts(x_BTD, weights_BTk, index_BTk, gate_up, down, _gate)
+            return experts(x_BTD, weights_BTk, index_BTk, gate_up, down, gate)
 
 
 def _gate(gate_up: jax.Array) -> jax.Array:
     gate, up = jnp.split(gate_up, 2, axis=-1)
     return gelu(gate) * up
+
+
+@functools.cache
+def _rounded_gate(rounding: Rounding) -> Callable[[jax.Array], jax.Array]:
+    return lambda gate_up: rounding.enter(_gate(gate_up), None)
 
 
 def expert_load(probability_BTE: jax.Array, index_BTk: jax.Array, valid_BT: jax.Array | None = None) -> ExpertLoad:

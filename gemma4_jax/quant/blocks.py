@@ -74,7 +74,8 @@ class BlockGrid(abc.ABC):
         """decode(encode(w)) in the dtype of w, to be differentiated.
 
         The gradient of w passes straight through, or with `clipped` where w lies between the first and the last code. That of
-        given scales is LSQ's (arXiv 1902.08153, equation 3): code - w / scale within the codes, the last code beyond.
+        given scales is LSQ's (arXiv 1902.08153, equation 3 and section 2.2): code - w / scale within the codes, the last code
+        beyond, all over the root of block * highest, so that scales and weights have gradients of one size.
         """
         if scale is None:
             return _straight_through(self, axis, w)
@@ -153,6 +154,6 @@ def _lsq_tangent(grid, axis, primals, tangents):
     if grid.clipped:
         w_tangent = jnp.where(within.reshape(w.shape), w_tangent, jnp.zeros((), w_tangent.dtype))
     code = jnp.clip(jnp.round(place), grid.lowest, grid.highest)
-    slope = jnp.where(within, code - place, code)
+    slope = jnp.where(within, code - place, code) * ((grid.block or w.shape[axis]) * grid.highest) ** -0.5
     by_scale = slope * jnp.expand_dims(scale_tangent.astype(jnp.float32), axis % w.ndim + 1)
     return _learned(grid, axis, w, scale), w_tangent + by_scale.reshape(w.shape).astype(w.dtype)

@@ -1,11 +1,12 @@
 """The settings of quantisation-aware training."""
 
 import dataclasses
+from typing import Literal
 
 from gemma4_jax.errors import UserError, did_you_mean
 from gemma4_jax.options import option
 from gemma4_jax.quant.grids import GRIDS, grid_named
-from gemma4_jax.quant.policies import NEVER, POLICIES, ROLES, ROUTER, PolicyName
+from gemma4_jax.quant.policies import NEVER, POLICIES, ROLES, ROUTER, Activations, KeysValues, PolicyName
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,16 @@ class QuantConfig:
     cover: tuple[str, ...] | None = option(
         None, f"groups of weights to round ({', '.join(r for r in ROLES if r not in NEVER)}); none: the policy's"
     )
+    activations: Literal["policy", "none", "dynamic", "static"] = option(
+        "policy", "int8 inputs of linear maps: a scale per token, or one per tensor found at the start, outputs too"
+    )
+    kv_cache: Literal["policy", "none", "int8"] = option("policy", "keys and values as an int8 cache holds them")
+    calibration_batches: int = option(16, "training batches that the scales of static activations are found from")
+    gradient: Literal["straight_through", "clipped"] = option(
+        "straight_through", "clipped: none for weights beyond the last code"
+    )
+    learn_scales: bool = option(False, "train the scales of linear layers too (LSQ); tables keep their grid's rule")
+    freeze_router: bool = option(True, "leave the choice of experts as the float model makes it (26B-A4B)")
     distill_weight: float = option(
         1.0, "share of the loss that is KL divergence from the teacher, the rest is cross-entropy"
     )
@@ -27,6 +38,8 @@ class QuantConfig:
         if self.grid is not None:
             grid_named(self.grid)
         self._check_cover()
+        if self.calibration_batches < 1:
+            raise UserError(f"quant.calibration_batches is at least 1, got {self.calibration_batches}.")
         if not 0.0 <= self.distill_weight <= 1.0:
             raise UserError(f"quant.distill_weight is a share of the loss from 0 to 1, got {self.distill_weight}.")
         if self.distill_weight == 0.0 and (self.teacher is not None or self.reverse_kl):
@@ -53,6 +66,15 @@ class QuantConfig:
         """Group -> name of its grid: all that `apply` goes by."""
         covered = POLICIES[self.policy].grids
         return {role: self.grid or covered[role] for role in self.cover or covered}
+
+    @property
+    def rounds(self) -> tuple[Activations, KeysValues]:
+        """What happens to activations and to keys and values."""
+        default = POLICIES[self.policy]
+        return (
+            default.activations if self.activations == "policy" else self.activations,
+            default.kv_cache if self.kv_cache == "policy" else self.kv_cache,
+        )
 
     @property
     def stays(self) -> dict[str, str]:

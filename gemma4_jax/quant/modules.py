@@ -16,11 +16,16 @@ def quantisable(model: Any) -> list[tuple[str, Any]]:
 
 def map_modules(fn: Callable[[str, Any], Any], model: M) -> M:
     """The model with fn(dotted path, module) in place of every quantisable module; other modules are rebuilt around them."""
+    return map_where(_has_grid, fn, model)
+
+
+def map_where(which: Callable[[Any], bool], fn: Callable[[str, Any], Any], model: M) -> M:
+    """The model with fn(dotted path, module) in place of every module that `which` picks."""
 
     def visit(path: Any, leaf: Any) -> Any:
-        return fn(_dotted(path), leaf) if _has_grid(leaf) else leaf
+        return fn(_dotted(path), leaf) if which(leaf) else leaf
 
-    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=_has_grid)
+    return jax.tree_util.tree_map_with_path(visit, model, is_leaf=which)
 
 
 def _has_grid(node: Any) -> bool:

@@ -1,14 +1,16 @@
-"""Which weights are quantised, on which grid: set it on a model, name it for a checkpoint, make it final.
+"""What of a model is quantised, and how: set it, describe it for a checkpoint, make it final.
 
 Works on every module that has a `role`, a `grid`, a variable `w` and `rounded()`; it knows nothing else about models.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import jax
 
 from gemma4_jax.errors import UserError
+from gemma4_jax.quant.activations import activation_names, set_activations
 from gemma4_jax.quant.blocks import BlockGrid
 from gemma4_jax.quant.config import QuantConfig
 from gemma4_jax.quant.coverage import Coverage, Group, coverage
@@ -24,9 +26,13 @@ __all__ = [
     "apply",
     "apply_names",
     "coverage",
+    "described",
     "grid_names",
+    "learning",
     "quantisable",
+    "restored",
     "snap",
+    "without",
 ]
 
 M = TypeVar("M")
@@ -35,7 +41,8 @@ M = TypeVar("M")
 def apply(model: M, config: QuantConfig) -> M:
     """The same arrays in new modules, those of the covered roles with their grid set; `model` itself is left alone.
 
-    Arrays may be abstract. A model that had grids before has only the new ones after.
+    Arrays may be abstract. A model that had grids before has only the new ones after. Learned scales start where the grid's rule
+    has them, static scales of activations at 0 (`train.calibration`).
 
     Raises:
       UserError: nothing is covered, the policy is for other models, a role that `config.cover` names is not in this model, or a
@@ -48,7 +55,14 @@ def apply(model: M, config: QuantConfig) -> M:
     if absent and config.cover is not None:
         raise UserError(f"quant.cover names {', '.join(absent)}, but this model has no such weights; take it out.")
     POLICIES[config.policy].check(present)
-    return _with_grids(model, lambda _, module: grids.get(module.role))
+    clipped = config.gradient == "clipped"
+    model = _with_grids(model, lambda _, module: grids.get(module.role), clipped)
+    return set_activations(learning(model) if config.learn_scales else model, *config.rounds)
+
+
+def without(model: M) -> M:
+    """The float model: the same weights, with nothing rounded."""
+    return set_activations(_with_grids(model, lambda *_: None), "none", "none")
 
 
 def grid_names(model: Any) -> dict[str, str]:
@@ -64,10 +78,41 @@ def apply_names(model: M, names: Mapping[str, str]) -> M:
     return _with_grids(model, lambda path, _: names.get(path))
 
 
-def _with_grids(model: M, name_of: Callable[[str, Any], str | None]) -> M:
+def described(model: Any) -> dict[str, Any]:
+    """All that a checkpoint says about quantisation, as JSON; empty of a float model."""
+    learned = [path for path, module in quantisable(model) if module.grid_scale is not None]
+    parts = {"grids": grid_names(model), "learned": learned, "rounding": activation_names(model)}
+    return {key: value for key, value in parts.items() if value}
+
+
+def restored(model: M, description: Mapping[str, Any]) -> M:
+    """The model with what `described` said, its new scales without values; a dict of grids alone is understood too."""
+    if not description:
+        return model
+    if "grids" not in description and "rounding" not in description:
+        return apply_names(model, description)
+    model = apply_names(model, description.get("grids", {}))
+    model = learning(model, description["learned"]) if "learned" in description else model
+    return set_activations(model, **description["rounding"]) if "rounding" in description else model
+
+
+def learning(model: M, paths: Collection[str] | None = None) -> M:
+    """The model whose grids' scales are parameters, where they can be: of linear maps and experts (or those named)."""
+
+    def visit(path: str, module: Any) -> Any:
+        new = copied(module)
+        if module.grid is not None and hasattr(module, "learn_scales") and (paths is None or path in paths):
+            new.learn_scales()
+        return new
+
+    return map_modules(visit, model)
+
+
+def _with_grids(model: M, name_of: Callable[[str, Any], str | None], clipped: bool = False) -> M:
     def visit(path: str, module: Any) -> Any:
         new, name = copied(module), name_of(path, module)
-        new.grid = None if name is None else _grid_for(module, name)
+        new.grid = None if name is None else dataclasses.replace(_grid_for(module, name), clipped=clipped)
+        new.grid_scale = None
         try:
             jax.eval_shape(_rounded, new)
         except UserError as error:
@@ -85,7 +130,8 @@ def _grid_for(module: Any, name: str) -> BlockGrid:
 def snap(model: M) -> M:
     """The model with each weight replaced by what its grid holds, and no grids: post-training quantisation, and what exports hold.
 
-    Bit for bit (float32) the weights that the forward pass of `model` uses. Works one stacked parameter at a time.
+    Bit for bit (float32) the weights that the forward pass of `model` uses; what it rounds activations to is gone. Works one
+    stacked parameter at a time.
 
     Raises:
       UserError: no weight has a grid.
@@ -96,10 +142,10 @@ def snap(model: M) -> M:
     def visit(name: str, module: Any) -> Any:
         new = copied(module)
         if module.grid is not None:
-            new.w, new.grid = module.w.replace(_rounded_now(module)), None
+            new.w, new.grid, new.grid_scale = module.w.replace(_rounded_now(module)), None, None
         return new
 
-    return map_modules(visit, model)
+    return set_activations(map_modules(visit, model), "none", "none")
 
 
 def _rounded(module: Any) -> jax.Array:
