@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same table again, for editors and type checkers
+    from gemma4_jax.checkpoint.exports import export
     from gemma4_jax.checkpoint.hf import save_hf
     from gemma4_jax.checkpoint.load import load
     from gemma4_jax.config import ModelConfig
@@ -20,12 +21,13 @@ _HOME = {
     "init": "model.transformer",
     "load": "checkpoint.load",
     "save_hf": "checkpoint.hf",
+    "export": "checkpoint.exports",
     "Processor": "processor",
     "Sampler": "infer.generate",
     "Completion": "infer.generate",
     "UserError": "errors",
 }
-__all__ = ["Completion", "ModelConfig", "Processor", "Sampler", "UserError", "init", "load", "save_hf"]
+__all__ = ["Completion", "ModelConfig", "Processor", "Sampler", "UserError", "export", "init", "load", "save_hf"]
 
 
 def __getattr__(name: str) -> Any:

@@ -186,12 +186,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads a tokenizer file, or the one in a directory (tokenizer.model before tokenizer.json).
+        """Reads a tokenizer file, the one in a directory (tokenizer.model before tokenizer.json), or that of a GGUF file.
 
         Raises:
             UserError: nothing there, or the file is not a tokenizer.
         """
         file = find_file(Path(path))
+        if file.suffix == ".gguf":
+            from gemma4_jax.checkpoint.gguf_tokenizer import json_of
+
+            return cls(json_of(file), "tokenizer.json")
         kind = "tokenizer.json" if file.suffix == ".json" else "tokenizer.model"
         library = "tokenizer.json" if kind == "tokenizer.json" else "SentencePiece model"
         data = file.read_bytes()

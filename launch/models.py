@@ -46,6 +46,8 @@ def make_processor(tokenizer: str | None, section: ModelSection, cfg: ModelConfi
 def tokenizer_beside(checkpoint: str) -> Path | None:
     """The directory with the checkpoint's tokenizer: its own, or one above (a training run keeps it beside its steps)."""
     path = Path(checkpoint)
+    if path.suffix == ".gguf" and path.is_file():
+        return path  # it carries its own
     homes = (path, path.parent, path.parent.parent)
     return next((home for home in homes if any((home / name).is_file() for name in FILE_NAMES)), None)
 

@@ -17,6 +17,7 @@ from gemma4_jax.eval.exact_match import EvalConfig
 from gemma4_jax.infer.generate import SampleConfig
 from gemma4_jax.infer.prompts import PromptConfig
 from gemma4_jax.options import option
+from gemma4_jax.quant.policies import PolicyName
 from gemma4_jax.quant.policy import QuantConfig
 from gemma4_jax.sharding import MeshConfig
 from gemma4_jax.train.loop import Remat, TrainConfig
@@ -156,6 +157,35 @@ class ConvertRun(Run):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportSection:
+    """From which checkpoint to which file."""
+
+    source: str = option(help="checkpoint to read: what model.path may be")
+    path: str = option(help="what to write, which must not exist yet: a .gguf file, else a directory")
+    format: Literal["hf", "gguf", "compressed-tensors", "mobile"] = option("hf", "what to write")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "of what is not written as codes")
+    policy: PolicyName | None = option(
+        None, "round a float checkpoint to this policy's grids now, without training; none: the grids it was trained on"
+    )
+    tokenizer: str | None = option(None, "tokenizer file or directory; none: beside the source")
+    requantise: bool = option(False, "let the file hold other values than the model computes with")
+    experts: Literal["float", "packed"] = option(
+        "float", "compressed-tensors: experts stacked for transformers, or packed one by one for vLLM"
+    )
+    max_shard_size: str = option("5GB", "largest safetensors file")
+    name: str | None = option(None, "of the model inside a GGUF file; none: the file's")
+    text_only: bool = option(False, "leave out the vision and audio towers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportRun(Run):
+    """Write a checkpoint for llama.cpp, vLLM or transformers, with the codes it was trained on."""
+
+    task: Literal["export"] = option("export", "which program")
+    export: ExportSection = option(help="from where to where")
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanConfig:
     """Which step, for which devices; nothing runs and no device is needed."""
 
@@ -215,6 +245,7 @@ TASKS: dict[str, type[Run]] = {
     "sample": SampleRun,
     "eval": EvalRun,
     "convert": ConvertRun,
+    "export": ExportRun,
     "plan": PlanRun,
 }
 

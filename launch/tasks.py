@@ -5,6 +5,7 @@ from typing import Any
 
 from launch.answering import run_eval, run_sample
 from launch.conversion import run_convert
+from launch.exporting import run_export
 from launch.plan import run_plan
 from launch.training import run_training
 
@@ -14,5 +15,6 @@ TASKS: dict[str, Callable[[Any], Any]] = {
     "sample": run_sample,
     "eval": run_eval,
     "convert": run_convert,
+    "export": run_export,
     "plan": run_plan,
 }

@@ -5,6 +5,7 @@ and compares what the file will decode to with what the forward pass computes. T
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -41,15 +42,21 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Fate:
-    """What became of one tensor: what the manifest says about it."""
+    """What became of one tensor: what the manifest says about it. error and power: squared sums of difference and weights."""
 
     name: str
     label: str
     grid: str | None
     shape: tuple[int, ...]
-    relative_error: float
+    error: float
+    power: float
     blocks: int
     off: int
+
+    @property
+    def relative_error(self) -> float:
+        """Root of the squared error over the squared weights."""
+        return math.sqrt(self.error / self.power) if self.power else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +130,7 @@ def _write_tensor(source: Source, name: str, storage: Storage, home: Mapping[str
         drift.add(weights, held)
         drift.compare(base, held, (grid and grid.block) or base.shape[-1])
     label = None if grid is None else grid.name
-    return Fate(name, storage.label, label, tensor.shape, drift.relative, drift.blocks, drift.off)
+    return Fate(name, storage.label, label, tensor.shape, drift.error, drift.power, drift.blocks, drift.off)
 
 
 def _rounded_blocks(

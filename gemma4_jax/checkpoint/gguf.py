@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from gemma4_jax.checkpoint.ggml_types import F32, GgmlType, float_type, type_for
 from gemma4_jax.checkpoint.gguf_file import Metadata, Placed, Value, lay_out, read_header
 from gemma4_jax.checkpoint.hf import assemble
 from gemma4_jax.checkpoint.lattice import Encoded, encode
+from gemma4_jax.checkpoint.manifest import Manifest, path_beside, text_of
 from gemma4_jax.checkpoint.mismatch import Mismatch
 from gemma4_jax.checkpoint.placement import Shardings, default_device
 from gemma4_jax.checkpoint.quantised import grids_found
@@ -39,6 +41,7 @@ def write_gguf(
     tokenizer: Metadata | None = None,
     name: str = "gemma4",
     requantise: bool = False,
+    manifest: Manifest | None = None,
 ) -> Outcome:
     """Writes `path`, whole or not at all.
 
@@ -50,6 +53,7 @@ def write_gguf(
       tokenizer: `gguf_tokenizer.metadata_of`; without it llama.cpp cannot load the file.
       name: general.name.
       requantise: see `export.write`.
+      manifest: what to write beside the file.
     """
     if source.cfg.is_multimodal:
         text = source.text_names()
@@ -67,9 +71,14 @@ def write_gguf(
         metadata[GRIDS_KEY] = Value("str", json.dumps(grids, separators=(",", ":")))
     front, placed = lay_out(metadata, forms)
     places = {tensor.name: (tensor.start, tensor.size) for tensor in placed.values()}
-    with beside(path, what="The file") as partial:
-        extras = {gguf_names.ROPE_FREQS: frequencies}
-        return write(source, storages, {"": (partial, front, places)}, requantise=requantise, extras=extras)
+    extras = {gguf_names.ROPE_FREQS: frequencies}
+    with ExitStack() as stack:
+        partial = stack.enter_context(beside(path, what="The file"))
+        notes = None if manifest is None else stack.enter_context(beside(path_beside(path), what="The manifest"))
+        outcome = write(source, storages, {"": (partial, front, places)}, requantise=requantise, extras=extras)
+        if manifest is not None and notes is not None:
+            notes.write_text(text_of(manifest(outcome)), encoding="utf-8")
+    return outcome
 
 
 def _storage(source: Source, name: str, dtype: str) -> Storage:

@@ -3,6 +3,7 @@
 Source: llama.cpp, conversion/gemma.py (what its converter writes) and src/models/gemma4.cpp (what its loader wants).
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -174,8 +175,8 @@ def config_of(
         final_logit_softcapping=get("final_logit_softcapping", number, None),
         # Only images are attended to both ways; the large models are trained so.
         use_bidirectional_attention=None if get("embedding_length_per_layer_input", int) else "vision",
-        **_special_ids(metadata),
     )
+    cfg = dataclasses.replace(cfg, **_special_ids(metadata))
     if metadata_of(cfg)[f"{ARCHITECTURE}.attention.sliding_window_pattern"].value != pattern:
         raise UserError(f"{where} mixes layer kinds in an order that no Gemma 4 has.")
     return cfg
@@ -186,7 +187,7 @@ def expected(cfg: ModelConfig) -> dict[str, str]:
     return {gguf_name(name): name for name in names.table(cfg)}
 
 
-def _special_ids(metadata: Metadata) -> dict[str, int]:
+def _special_ids(metadata: Metadata) -> dict[str, Any]:
     keys = {"pad_token_id": "padding_token_id", "eos_token_id": "eos_token_id", "bos_token_id": "bos_token_id"}
     found = {ours: metadata.get(f"tokenizer.ggml.{theirs}") for ours, theirs in keys.items()}
     return {ours: value.value for ours, value in found.items() if value is not None}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma4_jax.checkpoint.gguf_file import Metadata, Value
+from gemma4_jax.checkpoint.gguf_file import Metadata, Value, read_header
 from gemma4_jax.errors import UserError
 from gemma4_jax.tokenizer import SPECIAL_PIECES, Tokenizer, find_file
 
@@ -72,6 +72,12 @@ def metadata_of(path: Path, vocab_size: int) -> Metadata:
     found["tokenizer.ggml.add_space_prefix"] = Value("bool", False)
     found["tokenizer.ggml.add_bos_token"] = Value("bool", True)
     return found
+
+
+def json_of(file: Path) -> bytes:
+    """The tokenizer of a GGUF file as a tokenizer.json."""
+    metadata, _ = read_header(file)
+    return json.dumps(to_json(metadata, str(file)), ensure_ascii=False).encode()
 
 
 def to_json(metadata: Metadata, where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from gemma4_jax.checkpoint import names
 from gemma4_jax.checkpoint.canvas import beside
 from gemma4_jax.checkpoint.export import Outcome, Storage, float_storage, write
 from gemma4_jax.checkpoint.hf import STOP_IDS, generation_config, parse_size, write_json
+from gemma4_jax.checkpoint.manifest import FILE, Manifest, text_of
 from gemma4_jax.checkpoint.safetensors_io import BITS, FLOATS, lay_out
 from gemma4_jax.checkpoint.shards import INDEX, SINGLE
 from gemma4_jax.checkpoint.source import CODES, Source
@@ -29,6 +30,7 @@ def write_hf(
     stop_ids: Sequence[int] = STOP_IDS,
     extra_files: Iterable[Path] = (),
     requantise: bool = False,
+    manifest: Manifest | None = None,
 ) -> Outcome:
     """Float weights of one dtype, each as its grid rounds it: on the lattice exactly, or an error that counts what is not.
 
@@ -45,6 +47,7 @@ def write_hf(
         stop_ids=stop_ids,
         extra_files=extra_files,
         requantise=requantise,
+        manifest=manifest,
     )
 
 
@@ -78,6 +81,7 @@ def write_directory(
     stop_ids: Sequence[int] = STOP_IDS,
     extra_files: Iterable[Path] = (),
     requantise: bool = False,
+    manifest: Manifest | None = None,
 ) -> Outcome:
     """A directory with these tensors, config.json (with `quantization` as its quantization_config) and what else belongs to it.
 
@@ -102,6 +106,8 @@ def write_directory(
             write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(partial / "config.json", config)
         write_json(partial / "generation_config.json", generation_config(source.cfg, stop_ids))
+        if manifest is not None:
+            (partial / FILE).write_text(text_of(manifest(outcome)), encoding="utf-8")
         for extra in extra_files:
             shutil.copy(extra, partial)
     return outcome

@@ -62,11 +62,6 @@ class Drift:
     error: float = 0.0
     power: float = 0.0
 
-    @property
-    def relative(self) -> float:
-        """Root of the squared error over the squared weights."""
-        return math.sqrt(self.error / self.power) if self.power else 0.0
-
     def add(self, weights: np.ndarray, values: np.ndarray) -> None:
         """The squared error of `values` against the float weights."""
         exact = weights.astype(np.float32)

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from gemma4_jax.quant.grids import BlockGrid, grid_named
 
 FILE = "quantization_manifest.json"
 VERSION = 1
+Manifest = Callable[[Outcome], Mapping[str, Any]]
+"""What is to be written beside an export once its outcome is known."""
 
 
 def path_beside(target: Path) -> Path:
@@ -27,18 +29,11 @@ def describe(source: Source, outcome: Outcome, *, form: str, dtype: str, policy:
     Of each tensor `relative_error` is the root of the squared difference between what the file decodes to and the float weights
     of the source, over the squared weights.
     """
-    trained = bool(source.trained)
-    if policy is not None:
-        how = f"post-training quantisation by policy {policy}" + (
-            " of a model trained on another grid" if trained else ""
-        )
-    else:
-        how = "as trained on these grids" if trained else "float, nothing rounded to a grid"
     return {
         "version": VERSION,
         "format": form,
         "dtype": dtype,
-        "how": how,
+        "how": how(source, policy),
         "policy": policy,
         "grids": {parameter: grid.name for parameter, grid in source.grids.items()},
         "source": {"path": source.origin, "sha256": source.digest()},
@@ -54,6 +49,14 @@ def describe(source: Source, outcome: Outcome, *, form: str, dtype: str, policy:
             for fate in outcome.fates
         },
     }
+
+
+def how(source: Source, policy: str | None) -> str:
+    """Where the values of the file come from, in words."""
+    trained = bool(source.trained)
+    if policy is not None:
+        return f"post-training quantisation by policy {policy}" + (" of a model trained on a grid" if trained else "")
+    return "as trained on its grids" if trained else "float: nothing was rounded to a grid"
 
 
 def declared_grids(directory: Path) -> Mapping[str, BlockGrid]:

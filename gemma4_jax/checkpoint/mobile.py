@@ -3,7 +3,8 @@
 A linear layer is `weight` (uint8: 2 or 4-bit codes, the first in the lowest bits, code + 2^(bits - 1); int8 as it is) and
 `weight_scale` float32 [out, 1], an embedding `embedding_quantized` and `embedding_scale` [V, blocks]. Scales of activations are
 `input_activation_scale`, `output_activation_scale`, `k_cache_scale`, `v_cache_scale`. The head, tied to the embedding, is stored
-again. Source: transformers 5.23, integrations/gemma_quant.py and quantizers/quantizer_gemma.py.
+again. transformers 5.23 computes with the block scales that published tables of per-layer embeddings have, but declares one scale
+per row and so refuses to load them. Source: transformers 5.23, integrations/gemma_quant.py and quantizers/quantizer_gemma.py.
 """
 
 import dataclasses
@@ -45,7 +46,7 @@ def write_mobile(
       source: linear layers and tables on a channel or wide-block grid are packed, the rest is `dtype`.
       path: new or empty directory.
       dtype: of what is not packed.
-      activations: scales by their names in the file, float32 scalars; none: no activation is rounded.
+      activations: scales by their names in the file, float32 scalars; a layer's that is not named: 0, which is "not rounded".
       frame: see `hf_export.write_directory`.
 
     Raises:
@@ -76,7 +77,10 @@ def write_mobile(
             f"{source.origin} has no weight on a grid, so nothing would be quantised; train with policy mobile, or set "
             "export.policy to round the weights as they are."
         )
-    extras = {name: np.asarray(scale, np.float32).reshape(()) for name, scale in (activations or {}).items()}
+    # 0: not rounded. transformers wants both scales of every packed layer.
+    wanted = [f"{module}.{scale}" for module in _packed_layers(source, codes) for scale in ACTIVATION_SCALES[:2]]
+    extras = {name: np.zeros((), np.float32) for name in wanted}
+    extras |= {name: np.asarray(scale, np.float32).reshape(()) for name, scale in (activations or {}).items()}
     config = _quantization_config(source, codes)
     tied = "embed_tokens.weight" not in codes
     return write_directory(
@@ -89,6 +93,12 @@ def write_mobile(
             **frame,
         },
     )
+
+
+def _packed_layers(source: Source, codes: Mapping[str, BlockGrid]) -> list[str]:
+    """The linear layers, the head among them, that are packed."""
+    layers = [file_name(source, name).removesuffix(".weight") for name in codes if source.kind(name) == "linear"]
+    return [*layers, *([HEAD] if "embed_tokens.weight" in codes else [])]
 
 
 def _check_grid(source: Source, name: str, grid: BlockGrid) -> None:
