@@ -1,5 +1,6 @@
 """The programs of a run with shapes in place of arrays: what `task=plan` compiles, for devices that are not here."""
 
+import functools
 from typing import Any
 
 import jax
@@ -8,11 +9,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.infer.engine import Progress, Request, controls_of, decode_steps, prefill_step
-from gemma4_jax.infer.sampler import Rule
+from gemma4_jax.infer.engine import Slots
+from gemma4_jax.infer.steps import Masks, Progress, decode_steps
 from gemma4_jax.model.decode import unroll
 from gemma4_jax.model.gathering import own_dims
-from gemma4_jax.model.kv import empty_cache
+from gemma4_jax.model.kv import CACHE_DIMS, Cache, empty_cache
+from gemma4_jax.model.layouts import CacheFormat
 from gemma4_jax.model.parameters import in_compute_dtype, map_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
 from gemma4_jax.quant import policy
@@ -77,11 +79,24 @@ def lowered_training(
 def lowered_prefill(
     cfg: ModelConfig, mesh: Mesh, *, rows: int, length: int, dtype: str, compute_dtype: str
 ) -> jax.stages.Lowered:
-    """The program that reads prompts of `length` tokens into a cache of as many slots."""
+    """A program that reads whole prompts of `length` tokens into a cache of as many slots.
+
+    The engine reads them in chunks, with less memory; this is the bound that leaves them whole.
+    """
     model = in_compute_dtype(abstract_model(cfg, mesh, dtype, compute_dtype), compute_dtype)
     tokens = struct(mesh, "int32", ("batch", "length"), (rows, length))
     with jax.set_mesh(mesh):
-        return prefill_step.lower(model, tokens, tokens, cache_length=length)
+        return _read_whole.lower(model, tokens, tokens, length=length)
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def _read_whole(
+    model: Transformer, tokens_BT: jax.Array, positions_BT: jax.Array, *, length: int
+) -> tuple[Cache, jax.Array]:
+    """The cache that prompts leave behind, and the logits [B, V] after the last token of each."""
+    hidden, cache = model.prefill(tokens_BT, positions_BT, length, cache_format=CacheFormat.of(model.cfg))
+    last_B = jnp.argmax(positions_BT, axis=1)
+    return cache, model.logits(jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)[:, 0])
 
 
 def lowered_decode(
@@ -97,16 +112,33 @@ def lowered_decode(
         return Struct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     decoder = map_arrays(placed, jax.eval_shape(unroll, model))
-    cache = jax.eval_shape(lambda: empty_cache(cfg, rows, length, compute_dtype))
-    dims = ("batch", "slots", "kv_heads", None)
-    cache = jax.tree.map(lambda x: struct(mesh, x.dtype, dims[: x.ndim], x.shape), cache)
-    request = Request((cfg.bos_token_id,), 1, Rule(1.0, 64, 0.95, 0.0))
-    controls = jax.tree.map(whole, jax.eval_shape(lambda: controls_of([request], rows)))
+    cache_format = CacheFormat.of(cfg)
+    cache = jax.eval_shape(lambda: empty_cache(cfg, rows, length, compute_dtype, cache_format=cache_format))
+
+    def in_slots(x: Any) -> Any:
+        return struct(mesh, x.dtype, CACHE_DIMS if x.ndim > 2 else ("batch", "slots"), x.shape)
+
+    cache = jax.tree.map(in_slots, cache)
+    controls = jax.tree.map(whole, Slots.empty(rows).controls)
     ints: Any = Struct((rows,), jnp.int32)
     ended: Any = Struct((rows,), jnp.bool_)
     progress = jax.tree.map(whole, Progress(ints, ints, ended, ints))
+    words: Any = Struct((rows, -(-cfg.vocab_size // 32)), jnp.uint32)
+    flag: Any = Struct((), jnp.bool_)
+    steps: Any = Struct((), jnp.int32)
+    masks = jax.tree.map(whole, Masks(words, flag))
     with jax.set_mesh(mesh):
-        return decode_steps.lower(decoder, cache, progress, controls, whole(ended))
+        return decode_steps.lower(
+            decoder,
+            cache,
+            progress,
+            controls,
+            whole(ended),
+            masks,
+            whole(steps),
+            whole(flag),
+            cache_format=cache_format,
+        )
 
 
 def struct(mesh: Mesh, dtype: jax.typing.DTypeLike, dims: tuple[str | None, ...], shape: tuple[int, ...]) -> Struct:

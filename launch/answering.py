@@ -33,8 +33,15 @@ def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
     check_agreement(cfg, processor)
     mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh))
     with on(mesh):
-        model = make_model(run.model, run.seed, mesh)
-        sampler = Sampler(model, processor, max_length=run.sample.max_length, batch_size=run.sample.batch_size)
+        # The weights are unrolled for this and needed for nothing else.
+        sampler = Sampler(
+            make_model(run.model, run.seed, mesh),
+            processor,
+            max_length=run.sample.max_length,
+            batch_size=run.sample.batch_size,
+            cache=run.sample.cache,
+            consume=True,
+        )
         return program.run_sample(sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write)
 
 
@@ -63,7 +70,13 @@ def _measured(run: EvalRun, processor: Processor, model: Transformer, write: Wri
         write(report.losses(results))
     if "exact_match" in run.eval.metrics:
         rows = [conversation(row) for row in FileRows(run.data.paths)][: run.eval.max_examples]
-        sampler = Sampler(model, processor, max_length=run.sample.max_length, batch_size=run.sample.batch_size)
+        sampler = Sampler(
+            model,
+            processor,
+            max_length=run.sample.max_length,
+            batch_size=run.sample.batch_size,
+            cache=run.sample.cache,
+        )
         found = exact_match(
             rows, lambda prompts: program.answer(sampler, prompts, run.sample, seed=run.seed, write=write)
         )

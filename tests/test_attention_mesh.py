@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.kernels import sequence
+from gemma4_jax.kernels.cached import Codes
 from gemma4_jax.kernels.splash import splash_backward, splash_forward
 from gemma4_jax.model import attend as attend_module
 from gemma4_jax.model.attend import attend, check_heads
-from gemma4_jax.model.kv import KV, slot_of, write
+from gemma4_jax.model.kv import CACHE_DIMS, KV, slot_of, write, write_positions
+from gemma4_jax.model.layouts import View
 from gemma4_jax.sharding import activation_spec, make_mesh
 
 # Orders of float32 summation differ: over keys, and over the devices that share them.
@@ -61,7 +64,7 @@ def assert_same(mesh, windows, qkv, positions, segments):
     weights = jnp.asarray(np.random.default_rng(7).standard_normal((len(windows), *qkv[0].shape), np.float32))
 
     def loss(q, k, v):
-        kv = KV(k, v, positions, segments, aligned=True)
+        kv = KV(k, v, positions, segments)
         outs = [attend(q, kv, positions, segments, window) for window in windows]
         return sum((out * weight).sum() for out, weight in zip(outs, weights, strict=True)), outs
 
@@ -128,7 +131,13 @@ def cache(batch, size, tokens, heads, kv_heads, ahead):
     k_pos[k_pos < 0] = -1
     q_pos = (last[:, None] - ahead + 1 + np.arange(ahead)).astype(np.int32)
     q_pos[0, 0] = -1
-    return q, k, v, jnp.asarray(q_pos), jnp.asarray(k_pos)
+    return q, k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.asarray(q_pos), jnp.asarray(k_pos)
+
+
+def view(k, v, positions, window):
+    """A plain layer's cache; one with a window may be a ring."""
+    kind = "sliding" if window else "full"
+    return View({"k": Codes(k), "v": Codes(v)}, positions, None, None, ModelConfig.variant("tiny_e2b"), kind, "plain")
 
 
 @pytest.mark.parametrize(
@@ -142,10 +151,10 @@ def cache(batch, size, tokens, heads, kv_heads, ahead):
 )
 def test_decoding_on_a_mesh(sizes, batch, kv_heads):
     mesh = mesh_of(**sizes)
-    q, k, v, q_pos, k_pos = cache(batch, 32, 20, 4, kv_heads, ahead=2)
+    q, k, v, q_pos, k_pos = cache(batch, 32, 20, 4, kv_heads, ahead=2)  # not yet a ring: slots are positions
 
     def decode(q, k, v):
-        return [attend(q, KV(k, v, k_pos), q_pos, None, window) for window in (7, None)]
+        return [attend(q, view(k, v, k_pos, window), q_pos, None, window) for window in (7, None)]
 
     for a, b in zip(on_mesh(mesh, decode, q, k, v), on_mesh(None, decode, q, k, v), strict=True):
         np.testing.assert_allclose(a, b, atol=TOLERANCE, rtol=0)
@@ -153,18 +162,20 @@ def test_decoding_on_a_mesh(sizes, batch, kv_heads):
 
 def test_a_cache_cut_over_context_is_never_gathered():
     mesh = mesh_of(context=4, tensor=2)
-    q, k, v, q_pos, k_pos = cache(1, 64, 90, 4, 2, ahead=1)
+    q, k, v, q_pos, k_pos = cache(1, 64, 60, 4, 2, ahead=1)
 
     def step(q, k, v, k_pos, new):
-        slot = slot_of(q_pos, k.shape[1])
-        k, v, k_pos = write(k, slot, new), write(v, slot, new), write(k_pos, slot, q_pos)
-        return attend(q, KV(k, v, k_pos), q_pos, None, None), k, v, k_pos
+        slot = slot_of(q_pos, k.shape[2])
+        new = {"k": Codes(new), "v": Codes(new)}
+        stored = write({"k": Codes(k), "v": Codes(v)}, slot, new)
+        k, v, k_pos = stored["k"].values, stored["v"].values, write_positions(k_pos, slot, q_pos)
+        return attend(q, view(k, v, k_pos, None), q_pos, None, None), k, v, k_pos
 
     def shardings(*arrays):
-        dims = [("batch", "slots", "kv_heads", None)[: x.ndim] for x in arrays]
+        dims = [CACHE_DIMS if x.ndim == 4 else ("batch", "slots") for x in arrays]
         return tuple(NamedSharding(mesh, activation_spec(mesh, d, x.shape)) for d, x in zip(dims, arrays, strict=True))
 
-    new = k[:, :1] * 2.0
+    new = k[:, :, :1].swapaxes(1, 2) * 2.0
     cut = shardings(k, v, k_pos)
     with jax.set_mesh(mesh):
         compiled = (
@@ -184,13 +195,13 @@ def test_a_cache_cut_over_context_is_never_gathered():
 def test_writes_on_a_mesh(sizes):
     """Slots on several devices in one write, padding (dropped), and slots the write itself overtakes."""
     rng = np.random.default_rng(1)
-    slots, new = (jnp.asarray(rng.standard_normal((2, n, 2, 4), np.float32)) for n in (16, 20))
+    slots, new = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((2, 2, 16, 4), (2, 20, 2, 4)))
     positions = jnp.asarray(np.stack([np.arange(20) + 5, np.maximum(np.arange(20) - 12, -1)]), jnp.int32)
     slot = slot_of(positions, 16)
     where = jnp.full((2, 16), -1, jnp.int32)
 
     def both(slots, where):
-        return write(slots, slot, new), write(where, slot, positions)
+        return write({"v": Codes(slots)}, slot, {"v": Codes(new)})["v"].values, write_positions(where, slot, positions)
 
     for a, b in zip(on_mesh(mesh_of(**sizes), both, slots, where), on_mesh(None, both, slots, where), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -210,7 +221,7 @@ def test_a_halo_is_all_that_travels_for_a_window():
     with jax.set_mesh(mesh):
         spec = NamedSharding(mesh, activation_spec(mesh, ("batch", "length", None, None), q.shape))
         lowered = jax.jit(
-            lambda q, k, v: attend(q, KV(k, v, positions, aligned=True), positions, None, 9), in_shardings=(spec,) * 3
+            lambda q, k, v: attend(q, KV(k, v, positions), positions, None, 9), in_shardings=(spec,) * 3
         ).lower(q, k, v)
         text = lowered.compile().as_text() or ""
     assert "all-gather" not in text

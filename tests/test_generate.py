@@ -12,9 +12,12 @@ from gemma4_jax import assets
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.source import FileRows
 from gemma4_jax.errors import UserError
-from gemma4_jax.infer.generate import Completion, Draft, SampleConfig, Sampler
+from gemma4_jax.infer.generate import Completion, SampleConfig, Sampler
 from gemma4_jax.infer.program import run_sample
 from gemma4_jax.infer.prompts import Prompt, PromptConfig, conversation, encode_prompt, read_prompts
+from gemma4_jax.infer.request import Request, Running
+from gemma4_jax.infer.sampler import Rule
+from gemma4_jax.infer.text import TextStream
 from gemma4_jax.model.parameters import map_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
 from gemma4_jax.processor import Processor
@@ -123,15 +126,65 @@ def test_kinds_of_prompts():
 
 
 @pytest.mark.parametrize("by_text", [False, True])
-def test_a_chat_answer_is_parsed(monkeypatch, by_text: bool):
+def test_a_chat_answer_is_parsed(by_text: bool):
     written = '<|channel>thought\nhm<channel|>well<|tool_call>call:f{a:1,b:<|"|>x<|"|>}<tool_call|>'
-    tokens = [*PROCESSOR.tokenizer.encode(written), PROCESSOR.tokenizer.id_of("<|tool_response>")]
-    draft = Draft(tokens, [0.0] * len(tokens), written if by_text else None)
-    monkeypatch.setattr(Sampler, "_run", lambda self, requests, *_: [draft for _ in requests])
-    chat, raw = sampler().generate([HELLO, "text"], max_new_tokens=30)
+    stop = PROCESSOR.tokenizer.id_of("<|tool_response>")
+    tokens = PROCESSOR.tokenizer.encode(written + ("END" if by_text else ""))
+    request = Request([5], 200, Rule(), stop_ids=(stop,), stop_texts=("END",), decode=PROCESSOR.decode)
+    running = Running(request)
+    for token in [*tokens, stop]:
+        if not running.done:
+            running.take(token, 0.0)
+    chat, raw = (sampler().completed(running, chat) for chat in (True, False))
     assert (chat.text, chat.thought, chat.finish_reason) == ("well", "hm", "stop")
     assert chat.tool_calls == [{"name": "f", "arguments": {"a": 1, "b": "x"}}]
     assert (raw.text, raw.tool_calls) == (written, [])
+    assert "".join(running.pieces) == written
+
+
+def test_a_stream_gives_the_same_text_in_whole_characters():
+    (whole,) = sampler().generate(ids_of(20), max_new_tokens=NEW, temperature=2.0, top_k=0, top_p=1.0, seed=4, stop=[])
+    stream = sampler().stream(ids_of(20)[0], max_new_tokens=NEW, temperature=2.0, top_k=0, top_p=1.0, seed=4, stop=[])
+    beside = sampler().stream(ids_of(9)[0], max_new_tokens=NEW, temperature=0.0, stop=[])
+    pieces = list(stream)
+    assert len(pieces) > 5
+    assert "".join(pieces) == whole.text
+    assert (stream.completion().tokens, stream.completion().text) == (whole.tokens, whole.text)
+    assert (
+        beside.completion().tokens
+        == sampler().generate(ids_of(9), max_new_tokens=NEW, temperature=0.0, stop=[])[0].tokens
+    )
+    with sampler().stream(ids_of(20)[0], max_new_tokens=NEW, temperature=0.0, stop=[]) as ids:
+        assert [token for token, _ in zip(ids.tokens(), range(7), strict=False)] == greedy().tokens[:7]
+    assert ids.running.reason == "cancelled"
+    assert sampler().engine.idle
+
+
+@pytest.mark.parametrize("stops", [(), ("lo",), ("\u00fc\u00df", "zz"), ("\U0001f600",)])
+def test_text_pieces_at_every_split(stops: tuple[str, ...]):
+    """Characters of one to four bytes, each byte a token; a stop text comes whole or not at all."""
+    text = "hel\u00fc\u00dfl lo \u65e5\u672c \U0001f600 z z end"
+    ids = list(text.encode())
+    stream = TextStream(lambda ids: bytes(ids).decode("utf-8", "replace"), stops)
+    pieces = [stream.add(token) for token in ids] + [stream.close()]
+    places = [text.index(stop) for stop in stops if stop in text]
+    assert "".join(pieces) == stream.text == text[: min(places, default=len(text))]
+    assert stream.stopped == bool(places)
+    assert not any("\ufffd" in piece for piece in pieces)
+    held = TextStream(lambda ids: bytes(ids).decode("utf-8", "replace"), ("stop",))
+    assert [held.add(token) for token in b"a sto"] == ["a", " ", "", "", ""]
+    assert (held.close(), held.stopped) == ("sto", False)
+
+
+def test_bad_prompts_become_errors_beside_the_answers_of_others():
+    prompts: list[Prompt] = [ids_of(20)[0], [], ids_of(90)[0], ids_of(3)[0]]
+    answers = sampler().generate(prompts, max_new_tokens=NEW, temperature=0.0, stop=[], on_error="keep")
+    assert [answer.finish_reason for answer in answers] == ["length", "error", "error", "length"]
+    assert answers[0].tokens == greedy().tokens
+    assert answers[1].error == "it is empty; give at least one token or message."
+    assert "would pass max_length=96" in answers[2].error
+    with pytest.raises(UserError, match=r"prompts\[1\]: it is empty"):
+        sampler().generate(prompts, max_new_tokens=NEW)
 
 
 def test_without_a_processor_ids_come_and_go():
@@ -151,7 +204,7 @@ def test_the_last_token_fits_exactly():
     [
         (["x", ""], {}, "prompts[1]: it is empty; give at least one character."),
         ([[]], {}, "prompts[0]: it is empty; give at least one token or message."),
-        ([[5] * 90], {}, "prompts[0] has 90 tokens, and with max_new_tokens=8 would pass max_length=96;"),
+        ([[5] * 90], {}, "prompts[0]: the prompt has 90 tokens, and with max_new_tokens=8 would pass max_length=96;"),
         ([[5, VOCAB]], {}, f"prompts[0]: token ids run from 0 to {VOCAB - 1}, got {VOCAB}."),
         ([[5, "x"]], {}, "prompts[0]: a list must hold token ids (integers) or messages (mappings) only."),
         ([[True]], {}, "prompts[0]: a list must hold token ids"),

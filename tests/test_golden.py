@@ -161,7 +161,7 @@ def every_layer(model: Transformer, tokens: jax.Array, positions: jax.Array) -> 
         source = out["kv"][own[layer.attention.kind]] if shares else None
 
         def keep(k, v):
-            return KV(k, v, positions, aligned=True)
+            return KV(k, v, positions)
 
         h, kv, _ = layer(h, None if per_layer is None else per_layer[index], places, keep(*source) if source else keep)
         out["hidden"].append(h)

@@ -93,7 +93,7 @@ def test_shared_layers_have_no_cache_and_sliding_ones_a_ring():
     cfg = ModelConfig.variant("e2b")
     cache = jax.eval_shape(lambda: empty_cache(cfg, 1, 131072, "bfloat16"))
     assert len(cache.layers) == 15
-    assert [k.shape[1] for k, _ in cache.layers[:5]] == [512] * 4 + [131072]
+    assert [parts["k"].values.shape[2] for parts in cache.layers[:5]] == [512] * 4 + [131072]
 
 
 @pytest.mark.parametrize("variant", ["tiny_e2b", "tiny_31b"])

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding
 from gemma4_jax import sharding
 from gemma4_jax.chips import GiB, topology
 from gemma4_jax.config import KINDS, ModelConfig
-from gemma4_jax.model.kv import empty_cache
+from gemma4_jax.model.kv import CACHE_DIMS, empty_cache
+from gemma4_jax.model.layouts import CacheFormat
 from gemma4_jax.model.parameters import arrays, variables
 from gemma4_jax.model.stack import REMAT
 from gemma4_jax.model.transformer import abstract
@@ -49,11 +50,10 @@ def test_shares_are_those_of_the_shardings(name, sizes):
 def test_cache_is_that_of_decoding():
     cfg, sizes = ModelConfig.variant("tiny_31b", head_dim=128, global_head_dim=256), (1, 2, 1, 2, 2)
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
-    cache = jax.eval_shape(lambda: empty_cache(cfg, 16, 512, "bfloat16"))
-    dims = ("batch", "slots", "kv_heads", None)
+    cache = jax.eval_shape(lambda: empty_cache(cfg, 16, 512, "bfloat16", cache_format=CacheFormat.of(cfg)))
     total = 0
     for x in jax.tree.leaves(cache):
-        spec = sharding.activation_spec(mesh, dims[: x.ndim], x.shape)
+        spec = sharding.activation_spec(mesh, CACHE_DIMS if x.ndim == 4 else ("batch", "slots"), x.shape)
         total += shares.tiled_bytes(NamedSharding(mesh, spec).shard_shape(x.shape), x.dtype.itemsize)
     assert shares.cache_bytes(cfg, sizes, 16, 512, 2) == total
 
@@ -140,8 +140,8 @@ def test_decode_reads_weights_and_cache_once():
 def test_prefill_holds_caches():
     tried = job("31b", (1, 1, 1, 16, 1), rows=1, length=262144, program="prefill")
     parts = footprint.footprint(tried)
-    slots = 10 * 262144 / 16 * 4 * 512 + 50 * 1024 / 16 * 16 * 256
-    assert parts["caches"] == pytest.approx(2 * 2 * slots, rel=0.01)
+    numbers = 10 * 262144 / 16 * 4 * 640 + 2 * 50 * 1024 / 16 * 16 * 256
+    assert parts["caches"] == pytest.approx(2 * numbers, rel=0.01)
     assert "optimizer" not in parts
     assert "gradients" not in parts
 

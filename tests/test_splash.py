@@ -208,7 +208,7 @@ def kernels_lowered(platform, policy, length):
 
     @functools.partial(jax.checkpoint, policy=policy)
     def layer(q, k, v, positions):
-        return jnp.sin(attend(q, KV(k, v, positions, aligned=True), positions, None, 128))
+        return jnp.sin(attend(q, KV(k, v, positions), positions, None, 128))
 
     def step(q, k, v, positions):
         out, pull = jax.vjp(lambda *qkv: layer(*qkv, positions), q, k, v)

@@ -1,10 +1,13 @@
-"""Prefill and decode of one batch, compiled once per (rows, prompt bucket, cache length) and never again.
+"""Slots in which requests are answered side by side: they come and go, the batch goes on.
 
-Lengths, rules, seeds and stop ids are arrays, the model is an argument: another prompt, temperature or training step reuses
-the same program. Decoding is a loop inside one program of up to CHUNK steps, with the cache updated in place; between chunks
-Python sees the tokens and may end rows.
+A request waits until a slot is free; its prompt is read in chunks into the slot's cache; then it writes tokens together with the
+other slots, many steps in one program. Shapes are those of the slots, the chunks and the cache, never of a request: after
+`warm_up` nothing compiles, whatever comes. What a request gets does not depend on its neighbours.
+
+Not for several threads at once: whoever needs them puts a queue in front.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -13,59 +16,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_jax.infer.sampler import Rule, Rules, choose
-from gemma4_jax.model.decode import Decoder, unroll
-from gemma4_jax.model.embed import Embedding
-from gemma4_jax.model.gathering import in_use
-from gemma4_jax.model.kv import Cache
-from gemma4_jax.model.linear import Weight, holding, multiplies_in
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.infer import prefix
+from gemma4_jax.infer.cache import CacheConfig
+from gemma4_jax.infer.prefix import PrefixStore
+from gemma4_jax.infer.request import Request, Running, masks_of
+from gemma4_jax.infer.sampler import Rules
+from gemma4_jax.infer.steps import (
+    NOTHING,
+    STEPS,
+    Controls,
+    Ends,
+    Masks,
+    Progress,
+    decode_steps,
+    finish_prompts,
+    read_chunk,
+)
+from gemma4_jax.infer.weights import decoder_of
+from gemma4_jax.model.decode import Decoder
+from gemma4_jax.model.kv import CACHE_DIMS, Cache, Chunk, empty_cache
+from gemma4_jax.model.layouts import CacheFormat
 from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.sharding import constrain
 
-CHUNK = 32
+CHUNK = 512
+"""Most tokens of a prompt read at once. Attention of a chunk looks at chunk + window keys, so smaller ones do more work; larger
+ones take more memory and keep the writing slots waiting longer."""
+
 SMALLEST_BUCKET = 16
-NOTHING = -1  # in token arrays: no token; in positions: padding
+GROUP = 8
+"""Most prompts read at once; the programs exist for one prompt and for this many."""
 
+STOP_IDS = 16
+"""Stop ids that a slot knows itself; those beyond are found when its tokens arrive here."""
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt as ids and how to continue it; `stream` tells the requests of one seed apart."""
-
-    tokens: Sequence[int]
-    max_new_tokens: int
-    rule: Rule
-    seed: int = 0
-    stream: int = 0
-    stop_ids: tuple[int, ...] = ()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Controls:
-    """What stays the same through a batch: rules and keys [B], stop ids int32 [B, n] (-1 unused)."""
-
-    rules: Rules
-    keys: jax.Array
-    stop_ids: np.ndarray
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where each row stands, [B]: its newest token and that token's position, whether it is done, tokens it may still get."""
-
-    token: jax.Array
-    position: jax.Array
-    done: jax.Array
-    left: jax.Array
-
-
-@dataclasses.dataclass
-class Batch:
-    """A running batch. `Engine.decode` replaces cache and progress; the newest tokens are not yet in the cache."""
-
-    controls: Controls
-    cache: Cache
-    progress: Progress
+SOON = 4
+"""Steps of a call while prompts wait to be read, or while somebody watches the text appear."""
 
 
 def bucket(length: int, most: int) -> int:
@@ -76,150 +63,331 @@ def bucket(length: int, most: int) -> int:
     return min(size, most)
 
 
-class Engine:
-    """A model ready to decode; `update` swaps its weights and keeps the compiled programs."""
+def chunk_sizes(chunk: int) -> list[int]:
+    """The lengths chunks are padded to: powers of two from 16 up to `chunk`."""
+    sizes = [SMALLEST_BUCKET]
+    while sizes[-1] < chunk:
+        sizes.append(2 * sizes[-1])
+    return sizes
 
-    def __init__(self, model: Transformer):
-        self.update(model)
 
-    def update(self, model: Transformer | None) -> None:
-        """Takes over the weights of a model, unrolled when they are first needed; None lets go of all weights."""
-        self._model = model
-        self._decoder: Decoder | None = None
+@dataclasses.dataclass
+class Slots:
+    """What runs in each slot, and how it draws; row b of every array is slot b."""
 
-    def prefill(
-        self, requests: Sequence[Request], rows: int, cache_length: int
-    ) -> tuple[Batch, np.ndarray, np.ndarray]:
-        """The batch after its prompts; first tokens int32 [rows, 1] and log-probabilities, as `decode` gives them.
+    running: list[Running | None]
+    controls: Controls
+    ended: np.ndarray
 
-        `rows - len(requests)` rows are idle. The prompts and their answers must fit into `cache_length`.
-        """
-        if self._model is None:
-            raise ValueError("The weights were released; call update with a model first.")
-        if self._decoder is None:
-            self._decoder = decoder_of(self._model)
-        length = bucket(max(len(request.tokens) for request in requests), cache_length)
-        tokens = np.zeros((rows, length), np.int32)
-        positions = np.full((rows, length), NOTHING, np.int32)
-        left = np.zeros(rows, np.int32)
-        for row, request in enumerate(requests):
-            size = len(request.tokens)
-            tokens[row, :size] = request.tokens
-            positions[row, :size] = np.arange(size)
-            left[row] = request.max_new_tokens
-        controls = controls_of(requests, rows)
-        cache, logits = prefill_step(self._model, tokens, positions, cache_length=cache_length)
-        progress, token, logprob = first_token(logits, controls, jnp.asarray(positions.max(axis=1)), jnp.asarray(left))
-        return Batch(controls, cache, progress), np.asarray(token)[:, None], np.asarray(logprob)[:, None]
-
-    def decode(self, batch: Batch, ended: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Up to CHUNK more tokens of every row that is not done: int32 [rows, CHUNK] (-1: none) and log-probabilities.
-
-        `ended` bool [rows] ends rows from outside, for a stop string or a cancelled request.
-        """
-        assert self._decoder is not None, "decode follows prefill"
-        batch.cache, batch.progress, tokens, logprobs = decode_steps(
-            self._decoder, batch.cache, batch.progress, batch.controls, ended
+    @classmethod
+    def empty(cls, count: int) -> "Slots":
+        ones = np.ones(count, np.float32)
+        rules = Rules(ones * 0, np.zeros(count, np.int32), ones, ones * 0)  # pyright: ignore[reportArgumentType]
+        controls = Controls(
+            rules, np.zeros(count, np.uint32), np.zeros(count, np.int32), np.full((count, STOP_IDS), NOTHING, np.int32)
         )
-        return np.asarray(tokens), np.asarray(logprobs)
+        return cls([None] * count, controls, np.zeros(count, bool))
+
+    def enter(self, slot: int, running: Running) -> None:
+        """The slot draws as this request says."""
+        request, rules = running.request, self.controls.rules
+        self.running[slot], running.slot = running, slot
+        for name, value in dataclasses.asdict(request.rule).items():
+            getattr(rules, name)[slot] = min(value, 2**31 - 1)
+        self.controls.seeds[slot], self.controls.streams[slot] = request.seed, request.stream
+        self.controls.stop_ids[slot] = NOTHING
+        few = request.stop_ids[:STOP_IDS]
+        self.controls.stop_ids[slot, : len(few)] = few
+
+    def leave(self, slot: int) -> None:
+        """The slot is free; it writes nothing until the next request has been read."""
+        running = self.running[slot]
+        if running is not None:
+            running.slot = None
+        self.running[slot], self.ended[slot] = None, True
+
+    def of(self, rows: np.ndarray) -> Controls:
+        """The controls of these slots, for programs with a row for each."""
+        return jax.tree.map(lambda x: x[np.minimum(rows, len(self.running) - 1)], self.controls)
 
 
-def decoder_of(model: Transformer) -> Decoder:
-    """The unrolled model with every weight as decoding uses it: rounded to its grid, in the compute dtype.
+class Engine:
+    """A model ready to answer; `update` swaps its weights and keeps the compiled programs.
 
-    A step reads all weights, so neither is left to the step. The router stays as it is: it computes in float32. Tables that
-    need neither are the model's own arrays, not copies.
+    Attributes:
+        slots: requests that run side by side.
+        max_length: most tokens of a prompt and its answer.
+        prefixes: the beginnings that are kept.
     """
 
-    def ready(module):
-        if not _is_weight(module) or multiplies_in(module.role, model.compute_dtype) is None:
-            return module
-        if module.grid is None and module.w.get_value().dtype == model.compute_dtype:
-            return module
-        return holding(module, _as_used(module, model.compute_dtype))
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        slots: int = 8,
+        max_length: int | None = None,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008
+        chunk: int = CHUNK,
+        consume: bool = False,
+    ):
+        """`chunk` is a power of two from 16. `consume`: the model's own arrays are deleted as they are unrolled.
 
-    return unroll(in_use(jax.tree.map(ready, model, is_leaf=_is_weight)))
+        Raises UserError for a cache layout that the model cannot have.
+        """
+        if chunk not in chunk_sizes(max(chunk, SMALLEST_BUCKET)):
+            raise ValueError(f"chunk is a power of two from {SMALLEST_BUCKET}, got {chunk}.")
+        self.cfg = model.cfg
+        self.slots = slots
+        self.max_length = max_length or model.cfg.max_position_embeddings
+        self.format = cache.format(model.cfg)
+        self.prefixes = PrefixStore(model.cfg, cache.prefix_mb * 10**6)
+        self._sizes = chunk_sizes(min(chunk, 1 << (self.max_length - 1).bit_length()))
+        self._group = min(GROUP, slots)
+        self._cache: Cache | None = None
+        self._waiting: collections.deque[Running] = collections.deque()
+        self._reset()
+        self.update(model, consume=consume)
+
+    def update(self, model: Transformer | None, *, consume: bool = False) -> None:
+        """Takes over the weights of a model, unrolled when they are first needed; None lets go of all weights and caches.
+
+        Requests that are running end with the reason "cancelled".
+        """
+        for running in [*self._waiting, *self._at.running]:
+            if running is not None:
+                self.cancel(running)
+        self._model, self._consume = model, consume
+        self._decoder: Decoder | None = None
+        self.prefixes.clear()
+        if model is None:
+            self._cache, self._progress = None, None
+        elif consume:
+            self._ready()
+
+    def submit(self, request: Request) -> Running:
+        """Queues a request. Raises UserError, one sentence, if it can never be answered; the others go on."""
+        request.check(self.cfg.vocab_size, self.max_length)
+        running = Running(request)
+        self._waiting.append(running)
+        return running
+
+    def cancel(self, running: Running) -> None:
+        """Ends a request; its slot is free for the next one at once."""
+        if running.done:
+            return
+        running.end("cancelled")
+        if running.slot is not None:
+            self._at.leave(running.slot)
+        else:
+            self._waiting.remove(running)
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._waiting and all(running is None for running in self._at.running)
+
+    def step(self, *, soon: bool = False) -> bool:
+        """Does the next piece of work: prompts into free slots, a chunk of prompts read, some tokens written. False if idle.
+
+        `soon`: few tokens at a time, for who watches them appear.
+        """
+        self._admit()
+        reading = [running for running in self._at.running if running is not None and running.reading]
+        long = False
+        if reading:
+            long = self._read(reading)
+        writing = any(running is not None and not running.reading for running in self._at.running)
+        still_reading = any(running is not None and running.reading for running in self._at.running)
+        # Short prompts fill the free slots before anybody writes; long ones take turns with the writing.
+        if writing and (long or not still_reading):
+            self._write(SOON if soon or still_reading else STEPS)
+        return not self.idle
+
+    def reserve(self, length: int) -> None:
+        """Makes room for requests of `length` tokens, prompt and answer, so that the cache need not grow under them."""
+        length = min(length, self.max_length)
+        if self._cache is None or length > self._length:
+            self._grow(bucket(length, self.max_length))
+
+    def warm_up(self) -> None:
+        """Compiles every program for requests up to `max_length`. The engine must be idle."""
+        if not self.idle:
+            raise ValueError("warm_up wants an idle engine.")
+        decoder = self._ready()
+        self.reserve(self.max_length)
+        for pieces in sorted({1, self._group}):
+            rows = np.full(pieces, self.slots, np.int32)
+            for size in self._sizes:
+                zeros = np.zeros(pieces, np.int32)
+                chunk = Chunk(np.zeros((pieces, size), np.int32), rows, zeros, zeros, np.zeros(pieces, bool))
+                h, after = self._read_chunk(chunk)
+            self._finish(decoder, h, after, Ends(rows * 0, rows, rows * 0 - 1, rows * 0))
+        self._write(1)
+        if self.prefixes.budget:
+            count = 1
+            while True:
+                size = prefix.rounded(count, self._length)
+                layers, ring = prefix.take(self._cache, np.int32(0), self.cfg, size)
+                self._cache = prefix.put(self._cache, layers, ring, np.int32(0), np.int32(0), self.cfg)
+                if size == self._length:
+                    break
+                count = size + 1
+
+    def _reset(self) -> None:
+        self._at = Slots.empty(self.slots)
+        self._progress: Progress | None = None
+        self._all_allowed = jnp.full((self.slots, -(-self.cfg.vocab_size // 32)), 0xFFFFFFFF, jnp.uint32)
+
+    def _ready(self) -> Decoder:
+        if self._decoder is None:
+            if self._model is None:
+                raise ValueError("The weights were released; call update with a model first.")
+            self._decoder = decoder_of(self._model, consume=self._consume)
+            if self._consume:
+                self._model = None
+        return self._decoder
+
+    @property
+    def _length(self) -> int:
+        return 0 if self._cache is None else self._cache.positions["full"].shape[1]
+
+    def _grow(self, length: int) -> None:
+        """A longer cache. A slot's tokens keep their places: of full layers slot s holds position s, and rings only grow as
+        long as they have not wrapped."""
+        decoder = self._ready()
+        fresh = _empty(self.cfg, self.slots, length, str(decoder.compute_dtype), self.format)
+        if self._cache is not None and not self.idle:
+            fresh = _copied(self._cache, fresh)
+        self._cache = fresh
+        if self._progress is None:
+            self._progress = Progress.idle(self.slots)
+
+    def _admit(self) -> None:
+        """Waiting requests go to free slots."""
+        for slot, occupied in enumerate(self._at.running):
+            if occupied is not None or not self._waiting:
+                continue
+            running = self._waiting.popleft()
+            request = running.request
+            self.reserve(len(request.tokens) + request.max_new_tokens)
+            self._at.enter(slot, running)
+            self._at.ended[slot] = True
+            if self.prefixes.budget:
+                self._reuse(slot, running)
+
+    def _reuse(self, slot: int, running: Running) -> None:
+        tokens = running.request.tokens
+        found = self.prefixes.longest(tokens)
+        if found is not None:
+            count = found.tokens.size
+            self._cache = prefix.put(self._cache, found.layers, found.ring, np.int32(count), np.int32(slot), self.cfg)
+            running.read = running.reused = count
+        running.cuts = self.prefixes.cut(tokens, running.read)
+
+    def _read(self, reading: list[Running]) -> bool:
+        """One chunk of some prompts; says whether any of them is long."""
+        decoder = self._ready()
+        chosen = reading[: self._group]
+        sizes = [self._next_piece(running) for running in chosen]
+        pieces = 1 if len(chosen) == 1 else self._group
+        width = next(size for size in self._sizes if size >= max(sizes))
+        arrays = [np.full(pieces, fill, np.int32) for fill in (self.slots, 0, 0)]
+        rows, first, count = arrays
+        tokens, fresh = np.zeros((pieces, width), np.int32), np.zeros(pieces, bool)
+        last, left, ends = np.zeros(pieces, np.int32), np.zeros(pieces, np.int32), np.full(pieces, self.slots, np.int32)
+        for i, (running, size) in enumerate(zip(chosen, sizes, strict=True)):
+            request = running.request
+            rows[i], first[i], count[i], fresh[i] = running.slot, running.read, size, running.read == 0
+            tokens[i, :size] = request.tokens[running.read : running.read + size]
+            last[i] = tokens[i, size - 1]
+            running.read += size
+            if not running.reading:
+                ends[i], left[i] = running.slot, request.max_new_tokens
+        h, after = self._read_chunk(Chunk(tokens, rows, first, count, fresh))
+        for running in chosen:
+            if running.read in running.cuts:
+                self.prefixes.keep(self._cache, running.slot, running.request.tokens[: running.read])
+        if (ends < self.slots).any():
+            position = np.where(ends < self.slots, first + count - 1, NOTHING).astype(np.int32)
+            self._first_tokens(decoder, chosen, h, after, Ends(last, ends, position, left))
+        return max(sizes) == self._sizes[-1]
+
+    def _next_piece(self, running: Running) -> int:
+        """How many tokens of this prompt to read next."""
+        left = min(len(running.request.tokens) - running.read, self._sizes[-1])
+        return min([left, *(cut - running.read for cut in running.cuts if cut > running.read)])
+
+    def _read_chunk(self, chunk: Chunk):
+        self._cache, h, after = read_chunk(self._ready(), self._cache, chunk, self.format)
+        return h, after
+
+    def _first_tokens(self, decoder: Decoder, chosen: list[Running], h, after, ends: Ends) -> None:
+        tokens, logprobs = self._finish(decoder, h, after, ends, chosen)
+        for i, running in enumerate(chosen):
+            if ends.rows[i] < self.slots:
+                self._at.ended[running.slot] = False
+                self._take(running, tokens[i : i + 1], logprobs[i : i + 1])
+
+    def _finish(self, decoder: Decoder, h, after, ends: Ends, chosen: Sequence[Running] = ()):
+        pieces = len(ends.rows)
+        ending = [running if row < self.slots else None for running, row in zip(chosen, ends.rows, strict=False)]
+        masks = Masks(masks_of([*ending, *[None] * (pieces - len(ending))], self.cfg.vocab_size), _minds(ending))
+        self._progress, token, logprob = finish_prompts(
+            decoder, self._cache, h, after, ends, self._progress, self._at.of(ends.rows), masks, self.format
+        )
+        return np.asarray(token), np.asarray(logprob)
+
+    def _write(self, steps: int) -> None:
+        """Some tokens in all slots that write."""
+        running = self._at.running
+        minds = _minds([one for one in running if one is not None and not one.reading])
+        words = masks_of(running, self.cfg.vocab_size) if minds else self._all_allowed
+        self._cache, self._progress, tokens, logprobs = decode_steps(
+            self._ready(),
+            self._cache,
+            self._progress,
+            self._at.controls,
+            self._at.ended.copy(),
+            Masks(words, minds),
+            np.int32(1 if minds else steps),
+            np.bool_(bool(self._waiting)),
+            cache_format=self.format,
+        )
+        tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
+        for slot, one in enumerate(running):
+            if one is not None and not one.reading:
+                self._take(one, tokens[slot], logprobs[slot])
+
+    def _take(self, running: Running, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        """The newest tokens of a slot; frees it if they end the answer."""
+        real = tokens >= 0
+        new, logprobs = tokens[real].tolist(), logprobs[real].tolist()
+        for place, (token, logprob) in enumerate(zip(new, logprobs, strict=True)):
+            running.take(token, logprob)
+            if running.done:
+                slot = running.slot
+                assert slot is not None
+                self._at.leave(slot)
+                if self.prefixes.budget and place == len(new) - 1:
+                    # The newest token is not in the cache yet.
+                    written = [*running.request.tokens, *running.tokens[:-1]]
+                    self.prefixes.keep(self._cache, slot, written)
+                    self.prefixes.saw(written)
+                return
 
 
-def _is_weight(node: object) -> bool:
-    return isinstance(node, Weight | Embedding)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _as_used(module: Weight | Embedding, dtype: str) -> jax.Array:
-    return module.head(dtype) if isinstance(module, Embedding) else module.rounded().astype(dtype)
-
-
-@functools.partial(jax.jit, static_argnames="cache_length")
-def prefill_step(
-    model: Transformer, tokens_BT: np.ndarray, positions_BT: np.ndarray, *, cache_length: int
-) -> tuple[Cache, jax.Array]:
-    """The cache that prompts leave behind, and the logits [B, V] after the last token of each."""
-    hidden, cache = model.prefill(jnp.asarray(tokens_BT), jnp.asarray(positions_BT), cache_length)
-    last_B = jnp.argmax(positions_BT, axis=1)
-    return cache, model.logits(jnp.take_along_axis(hidden, last_B[:, None, None], axis=1)[:, 0])
+def _minds(running: Sequence[Running | None]) -> np.ndarray:
+    return np.bool_(any(one is not None and one.request.constraint is not None for one in running))
 
 
 @jax.jit
-def first_token(
-    logits_BV: jax.Array, controls: Controls, position_B: jax.Array, left_B: jax.Array
-) -> tuple[Progress, jax.Array, jax.Array]:
-    """The first token of each row (-1 where left is 0), after the logits of the prompt's last token, at `position`.
-
-    Apart from prefill, because it is compiled once for all prompt buckets.
-    """
-    return _extend(Progress(jnp.zeros_like(left_B), position_B, left_B == 0, left_B), logits_BV, controls)
+def _copied(old: Cache, new: Cache) -> Cache:
+    """The new, longer cache with the contents of the old one."""
+    return jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice(n, o, (0,) * n.ndim), old, new)
 
 
-@functools.partial(jax.jit, donate_argnames=("cache", "progress"))
-def decode_steps(
-    decoder: Decoder, cache: Cache, progress: Progress, controls: Controls, ended_B: np.ndarray
-) -> tuple[Cache, Progress, jax.Array, jax.Array]:
-    """CHUNK steps, or fewer when every row is done before; tokens [B, CHUNK] (-1: none) and log-probabilities."""
-    rows = progress.token.shape[0]
-    progress = dataclasses.replace(progress, done=progress.done | ended_B)
-
-    def unfinished(carry):
-        step, _, progress, _, _ = carry
-        return (step < CHUNK) & ~progress.done.all()
-
-    def one_step(carry):
-        step, cache, progress, tokens, logprobs = carry
-        positions = jnp.where(progress.done, NOTHING, progress.position)  # nothing is written for a row that is done
-        hidden, cache = decoder.step(progress.token[:, None], positions[:, None], cache)
-        progress, token, logprob = _extend(progress, decoder.logits(hidden[:, 0]), controls)
-        return step + 1, cache, progress, tokens.at[:, step].set(token), logprobs.at[:, step].set(logprob)
-
-    tokens = jnp.full((rows, CHUNK), NOTHING, jnp.int32)
-    start = (jnp.int32(0), cache, progress, tokens, jnp.zeros((rows, CHUNK), jnp.float32))
-    return jax.lax.while_loop(unfinished, one_step, start)[1:]
-
-
-def _extend(progress: Progress, logits_BV: jax.Array, controls: Controls) -> tuple[Progress, jax.Array, jax.Array]:
-    """One more token for every row that is not done; -1 and 0 for the others. The key depends on seed, stream and place."""
-    position = progress.position + 1
-    keys = jax.vmap(jax.random.fold_in)(controls.keys, position)
-    token, logprob = choose(logits_BV, controls.rules, keys)
-    left = jnp.where(progress.done, progress.left, progress.left - 1)
-    ends = (token[:, None] == controls.stop_ids).any(axis=1) | (left <= 0)
-    chosen = jnp.where(progress.done, NOTHING, token)
-    new = Progress(token, position, progress.done | ends, left)
-    return new, chosen, jnp.where(progress.done, jnp.float32(0), logprob)
-
-
-def controls_of(requests: Sequence[Request], rows: int) -> Controls:
-    """The requests' rules, keys and stop ids as arrays; idle rows repeat the first request."""
-    filled = [*requests, *[requests[0]] * (rows - len(requests))]
-    width = bucket(max(len(request.stop_ids) for request in filled), 1 << 30)
-    stop_ids = np.full((rows, width), NOTHING, np.int32)
-    for row, request in enumerate(filled):
-        stop_ids[row, : len(request.stop_ids)] = request.stop_ids
-    seeds = np.asarray([request.seed for request in filled], np.uint32)
-    streams = np.asarray([request.stream for request in filled], np.int32)
-    return Controls(Rules.of([request.rule for request in filled]), _keys(seeds, streams), stop_ids)
-
-
-@jax.jit
-def _keys(seeds_B: np.ndarray, streams_B: np.ndarray) -> jax.Array:
-    """One random key per row."""
-    return jax.vmap(lambda seed, stream: jax.random.fold_in(jax.random.key(seed), stream))(seeds_B, streams_B)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _empty(cfg: ModelConfig, slots: int, length: int, dtype: str, cache_format: CacheFormat) -> Cache:
+    cache = empty_cache(cfg, slots, length, dtype, cache_format=cache_format)
+    layers = jax.tree.map(lambda x: constrain(x, *CACHE_DIMS[: x.ndim]), cache.layers)
+    return Cache(layers, {kind: constrain(where, "batch", "slots") for kind, where in cache.positions.items()})

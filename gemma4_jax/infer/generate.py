@@ -1,21 +1,20 @@
 """The Sampler: prompts in, completions out, whatever their number and lengths."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
 from gemma4_jax import chat_parse
 from gemma4_jax.errors import UserError
-from gemma4_jax.infer.engine import Engine, Request, bucket
+from gemma4_jax.infer.cache import CacheConfig
+from gemma4_jax.infer.constraint import Constraint
+from gemma4_jax.infer.engine import Engine
 from gemma4_jax.infer.prompts import EncodedPrompt, Prompt, encode_prompt
+from gemma4_jax.infer.request import Reason, Request, Running
 from gemma4_jax.infer.sampler import Rule
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.options import option
 from gemma4_jax.processor import Processor
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class SampleConfig:
     min_p: float = option(0.0, "then among those at least this times as probable as the first; 0: all")
     stop: tuple[str, ...] = option((), "texts that end an answer, besides the tokenizer's stop tokens; left out of it")
     enable_thinking: bool = option(False, "let the model think before it answers a conversation")
-    batch_size: int = option(8, "prompts decoded together")
+    batch_size: int = option(8, "prompts answered side by side")
     max_length: int | None = option(None, "most tokens of a prompt and its answer; none: the model's context")
+    cache: CacheConfig = option(factory=CacheConfig, help="how keys and values are kept")
 
     def __post_init__(self) -> None:
         Rule(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -48,19 +48,21 @@ class Completion:
             their strings. Ends before the stop token or text. Empty without a processor.
         tokens: all ids, with the stop token if one ended it, up to the token that completed a stop text.
         logprobs: of each token, under the model itself: before temperature and the other rules.
-        finish_reason: "stop", or "length" when max_new_tokens ended it.
+        finish_reason: "stop"; "length" when max_new_tokens ended it; "cancelled"; "error", and `error` says which.
         thought: of a conversation, the text of the thought channel.
         tool_calls: of a conversation, {"name", "arguments"} for each well-formed call.
         malformed: of a conversation, the text of calls that could not be read.
+        error: why there is no (whole) answer.
     """
 
     text: str
     tokens: list[int]
     logprobs: list[float]
-    finish_reason: FinishReason
+    finish_reason: Reason
     thought: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     malformed: list[str] = field(default_factory=list)
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,51 @@ class Stops:
     texts: tuple[str, ...]
 
 
-@dataclass
-class Draft:
-    """An answer being written. `text` is what stands before a stop text, once one was found."""
+class Stream:
+    """An answer while it is written: iterate over it for the text, piece by piece, in whole characters.
 
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str | None = None
+    Iterating makes the engine work, for all requests that are in it. Ended by `cancel`, or when nobody iterates any more:
+    `with sampler.stream(...) as pieces`.
+    """
+
+    def __init__(self, sampler: "Sampler", running: Running, chat: bool):
+        self.running = running
+        self._sampler, self._chat = sampler, chat
+
+    def __iter__(self) -> Iterator[str]:
+        while True:
+            while self.running.pieces:
+                yield self.running.pieces.pop(0)
+            if self.running.done:
+                return
+            self._sampler.engine.step(soon=True)
+
+    def tokens(self) -> Iterator[int]:
+        """The ids as they come, instead of the text."""
+        given = 0
+        while True:
+            while given < len(self.running.tokens):
+                given += 1
+                yield self.running.tokens[given - 1]
+            if self.running.done:
+                return
+            self._sampler.engine.step(soon=True)
+
+    def cancel(self) -> None:
+        """Writes no more; the slot is free for another request."""
+        self._sampler.engine.cancel(self.running)
+
+    def completion(self) -> Completion:
+        """The whole answer; waits for its end."""
+        while not self.running.done:
+            self._sampler.engine.step()
+        return self._sampler.completed(self.running, self._chat)
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
 
 
 class Sampler:
@@ -86,6 +126,7 @@ class Sampler:
     Attributes:
         stop_ids: the ids that end an answer unless `stop` says otherwise; empty without a processor.
         max_length: most tokens of a prompt and its answer together.
+        engine: where the requests run.
     """
 
     def __init__(
@@ -95,11 +136,16 @@ class Sampler:
         *,
         max_length: int | None = None,
         batch_size: int = 8,
+        cache: CacheConfig = CacheConfig(),  # noqa: B008
+        consume: bool = False,
     ):
-        """`max_length=None` is the model's context; memory is taken for what a call needs, not for `max_length`.
+        """`max_length=None` is the model's context; memory is taken for what calls need, unless `warm_up` takes all of it.
+
+        `consume`: the weights are needed for nothing else, so that they need not be held twice; `model` cannot be used after.
 
         Raises:
-            UserError: max_length beyond the context, batch_size below 1, or a tokenizer of another vocabulary.
+            UserError: max_length beyond the context, batch_size below 1, a tokenizer of another vocabulary, a cache layout that
+                the model cannot have.
         """
         cfg = model.cfg
         self.max_length = cfg.max_position_embeddings if max_length is None else max_length
@@ -118,17 +164,21 @@ class Sampler:
         self.batch_size = batch_size
         self.stop_ids = () if processor is None else processor.stop_ids
         self._cfg = cfg
-        self._engine = Engine(model)
+        self.engine = Engine(model, slots=batch_size, max_length=self.max_length, cache=cache, consume=consume)
 
     def update(self, model: Transformer) -> None:
         """Samples from `model` from now on: the same configuration, new weights, nothing compiled again."""
         if model.cfg != self._cfg:
             raise ValueError("Sampler.update wants a model of the configuration it was made with; make a new Sampler.")
-        self._engine.update(model)
+        self.engine.update(model)
 
     def release(self) -> None:
-        """Lets go of all weights until the next `update`: the unrolled copy would take memory that training needs."""
-        self._engine.update(None)
+        """Lets go of all weights and caches until the next `update`: they would take memory that training needs."""
+        self.engine.update(None)
+
+    def warm_up(self) -> None:
+        """Takes the memory for `max_length` and compiles every program: after it nothing compiles again, whatever is asked."""
+        self.engine.warm_up()
 
     def generate(
         self,
@@ -142,6 +192,8 @@ class Sampler:
         seed: int = 0,
         stop: Sequence[str | int] | None = None,
         enable_thinking: bool = False,
+        constraints: Sequence[Constraint | None] | None = None,
+        on_error: Literal["raise", "keep"] = "raise",
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Completion]:
         """One completion per prompt, in their order.
@@ -155,32 +207,91 @@ class Sampler:
             seed: 0 to 2^32 - 1.
             stop: texts and token ids that end a completion; None: `stop_ids`; []: nothing does but max_new_tokens.
             enable_thinking: ask for a thought, in conversations.
-            progress: called with the number of finished prompts and of all, after each batch.
+            constraints: one a prompt: what may be written.
+            on_error: what a prompt does that is empty, too long, or cannot be encoded: raise before anything is read, or become
+                a completion with finish_reason "error" while the others are answered.
+            progress: called with the number of finished prompts and of all, whenever some are finished.
 
         Raises:
-            UserError: a value without meaning, or a prompt that is empty, too long, or cannot be encoded; says which.
+            UserError: a value without meaning, or (unless `on_error` keeps it) a prompt that cannot be answered; says which.
         """
-        rule = Rule(temperature, top_k, top_p, min_p)
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is at least 1, got {max_new_tokens}.")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"seed lies in 0 to 2^32 - 1, got {seed}.")
-        stops = self._stops(stop)
-        encoded = self._encode(prompts, max_new_tokens, enable_thinking)
-        if not encoded:
-            return []
-        longest = max(len(prompt.tokens) for prompt in encoded)
-        cache_length = bucket(longest + max_new_tokens, self.max_length)
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].tokens))  # like lengths together: less padding
+        rule, stops = Rule(temperature, top_k, top_p, min_p), self._stops(stop)
+        if isinstance(prompts, str):
+            raise UserError("prompts is a list; put the one text in brackets.")
+        if constraints is not None and len(constraints) != len(prompts):
+            raise UserError(f"constraints has one for each of the {len(prompts)} prompts, got {len(constraints)}.")
+        _check(max_new_tokens, seed)
         done: dict[int, Completion] = {}
-        for start in range(0, len(order), self.batch_size):
-            group = order[start : start + self.batch_size]
-            requests = [Request(encoded[i].tokens, max_new_tokens, rule, seed, i, stops.ids) for i in group]
-            drafts = self._run(requests, cache_length, stops)
-            done |= {i: self._finish(draft, encoded[i].chat, stops) for i, draft in zip(group, drafts, strict=True)}
-            if progress is not None:
-                progress(len(done), len(encoded))
-        return [done[i] for i in range(len(encoded))]
+        asked: dict[int, tuple[Request, bool]] = {}
+        for index, prompt in enumerate(prompts):
+            constraint = None if constraints is None else constraints[index]
+            try:
+                one = encode_prompt(prompt, self.processor, self._cfg.vocab_size, enable_thinking)
+                request = self._request(one, max_new_tokens, rule, seed, index, stops, constraint, streamed=False)
+            except UserError as error:
+                if on_error == "raise":
+                    raise UserError(f"prompts[{index}]: {error}") from None
+                done[index] = Completion("", [], [], "error", error=str(error))
+                continue
+            asked[index] = request, one.chat
+        if asked:
+            self.engine.reserve(max(len(request.tokens) for request, _ in asked.values()) + max_new_tokens)
+        order = sorted(asked, key=lambda i: len(asked[i][0].tokens))  # like lengths are read together: less padding
+        waiting = {i: self.engine.submit(asked[i][0]) for i in order}
+        try:
+            while waiting:
+                self.engine.step()
+                ended = [i for i, running in waiting.items() if running.done]
+                done |= {i: self.completed(waiting.pop(i), asked[i][1]) for i in ended}
+                if ended and progress is not None:
+                    progress(len(done), len(prompts))
+        finally:
+            for running in waiting.values():
+                self.engine.cancel(running)
+        return [done[i] for i in range(len(prompts))]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_k: int = 64,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stream: int = 0,
+        stop: Sequence[str | int] | None = None,
+        enable_thinking: bool = False,
+        constraint: Constraint | None = None,
+    ) -> Stream:
+        """One answer as it is written; several streams share the slots. Arguments as those of `generate`.
+
+        `stream` stands for the prompt's place in `generate`: the same seed and place draw the same tokens. Raises UserError.
+        """
+        rule, stops = Rule(temperature, top_k, top_p, min_p), self._stops(stop)
+        _check(max_new_tokens, seed)
+        one = encode_prompt(prompt, self.processor, self._cfg.vocab_size, enable_thinking)
+        streamed = self.processor is not None
+        request = self._request(one, max_new_tokens, rule, seed, stream, stops, constraint, streamed=streamed)
+        return Stream(self, self.engine.submit(request), one.chat)
+
+    def _request(
+        self,
+        prompt: EncodedPrompt,
+        max_new_tokens: int,
+        rule: Rule,
+        seed: int,
+        stream: int,
+        stops: Stops,
+        constraint: Constraint | None,
+        *,
+        streamed: bool,
+    ) -> Request:
+        decode = self.processor.decode if self.processor is not None and (streamed or stops.texts) else None
+        request = Request(prompt.tokens, max_new_tokens, rule, seed, stream, stops.ids, stops.texts, decode, constraint)
+        request.check(self._cfg.vocab_size, self.max_length)
+        return request
 
     def _stops(self, stop: Sequence[str | int] | None) -> Stops:
         if stop is None:
@@ -198,67 +309,33 @@ class Sampler:
             raise UserError(f"stop ids run from 0 to {self._cfg.vocab_size - 1}, got {wrong[0]}.")
         return Stops(ids, texts)
 
-    def _encode(self, prompts: Sequence[Prompt], max_new_tokens: int, enable_thinking: bool) -> list[EncodedPrompt]:
-        if isinstance(prompts, str):
-            raise UserError("prompts is a list; put the one text in brackets.")
-        encoded = []
-        for index, prompt in enumerate(prompts):
-            try:
-                one = encode_prompt(prompt, self.processor, self._cfg.vocab_size, enable_thinking)
-            except UserError as error:
-                raise UserError(f"prompts[{index}]: {error}") from None
-            if len(one.tokens) + max_new_tokens > self.max_length:
-                raise UserError(
-                    f"prompts[{index}] has {len(one.tokens)} tokens, and with max_new_tokens={max_new_tokens} would pass "
-                    f"max_length={self.max_length}; shorten it, or ask for fewer new tokens."
-                )
-            encoded.append(one)
-        return encoded
-
-    def _run(self, requests: list[Request], cache_length: int, stops: Stops) -> list[Draft]:
-        """The answers of one batch."""
-        rows = min(1 << (len(requests) - 1).bit_length(), self.batch_size)
-        drafts = [Draft() for _ in requests]
-        ended = np.zeros(rows, bool)
-        batch, tokens, logprobs = self._engine.prefill(requests, rows, cache_length)
-        while True:
-            for row, draft in enumerate(drafts):
-                new = tokens[row] >= 0
-                draft.tokens += tokens[row, new].tolist()
-                draft.logprobs += logprobs[row, new].tolist()
-                if stops.texts and not ended[row]:
-                    ended[row] = self._cut_at_stop(draft, int(new.sum()), stops)
-                whole = len(draft.tokens) >= requests[row].max_new_tokens or draft.tokens[-1] in stops.ids
-                ended[row] |= whole
-            if ended[: len(requests)].all():
-                return drafts
-            tokens, logprobs = self._engine.decode(batch, ended)
-
-    def _cut_at_stop(self, draft: Draft, new: int, stops: Stops) -> bool:
-        """Cuts a draft whose last `new` tokens completed a stop text; says whether they did."""
-        assert self.processor is not None
-        decode = self.processor.decode
-        if all(text not in decode(draft.tokens) for text in stops.texts):
-            return False
-        for size in range(len(draft.tokens) - new + 1, len(draft.tokens) + 1):
-            written = decode(draft.tokens[:size])
-            places = [place for text in stops.texts if (place := written.find(text)) >= 0]
-            if places:
-                draft.text = written[: min(places)]
-                del draft.tokens[size:], draft.logprobs[size:]
-                return True
-        return False
-
-    def _finish(self, draft: Draft, chat: bool, stops: Stops) -> Completion:
-        by_id = draft.text is None and draft.tokens[-1] in stops.ids
-        reason: FinishReason = "length" if draft.text is None and not by_id else "stop"
+    def completed(self, running: Running, chat: bool) -> Completion:
+        """What became of a request; of a chat the answer is parsed."""
+        tokens, logprobs, reason = list(running.tokens), list(running.logprobs), running.reason
+        assert reason is not None
         if self.processor is None:
-            return Completion("", draft.tokens, draft.logprobs, reason)
-        ids = draft.tokens[:-1] if by_id else draft.tokens
+            return Completion("", tokens, logprobs, reason, error=running.error)
+        by_text = running.text is not None and running.text.stopped
+        ids = tokens[:-1] if tokens and not by_text and tokens[-1] in running.request.stop_ids else tokens
         if not chat:
-            text = self.processor.decode(ids) if draft.text is None else draft.text
-            return Completion(text, draft.tokens, draft.logprobs, reason)
-        parsed = self.processor.parse(ids) if draft.text is None else chat_parse.parse(draft.text)
+            text = running.text.text if by_text and running.text is not None else self.processor.decode(ids)
+            return Completion(text, tokens, logprobs, reason, error=running.error)
+        by_text_only = running.text.text if by_text and running.text is not None else None
+        parsed = self.processor.parse(ids) if by_text_only is None else chat_parse.parse(by_text_only)
         return Completion(
-            parsed.answer, draft.tokens, draft.logprobs, reason, parsed.thought, parsed.tool_calls, parsed.malformed
+            parsed.answer,
+            tokens,
+            logprobs,
+            reason,
+            parsed.thought,
+            parsed.tool_calls,
+            parsed.malformed,
+            running.error,
         )
+
+
+def _check(max_new_tokens: int, seed: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is at least 1, got {max_new_tokens}.")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed lies in 0 to 2^32 - 1, got {seed}.")

@@ -8,7 +8,7 @@ it. With 262,144 logits on one CPU core (ms a row): argmax 0.2 where `jnp.argmax
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,9 @@ class Rules:
         )
 
 
-def choose(logits_BV: jax.Array, rules: Rules, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+def choose(
+    logits_BV: jax.Array, rules: Rules, keys_B: jax.Array, allowed: Callable[[jax.Array], jax.Array] | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Tokens int32 [B] and their float32 log-probabilities [B] under the logits as they are, before any rule.
 
     A row's token depends on its own logits, rule and key only; work that no row asks for is not done.
@@ -75,7 +77,9 @@ def choose(logits_BV: jax.Array, rules: Rules, keys_B: jax.Array) -> tuple[jax.A
       logits_BV: float32 [B, V].
       rules: one a row.
       keys_B: typed random keys, one a row, used once.
+      allowed: makes logits -inf where a token may not be chosen; the log-probabilities do not know of it.
     """
+    raw_BV, logits_BV = logits_BV, logits_BV if allowed is None else allowed(logits_BV)
     rows, vocab = logits_BV.shape
     temperature, top_k = rules.temperature, rules.top_k
     greedy = temperature <= 0
@@ -96,8 +100,8 @@ def choose(logits_BV: jax.Array, rules: Rules, keys_B: jax.Array) -> tuple[jax.A
             lambda mine=mine, method=method, token=token: jnp.where(mine, method(), token),
             lambda token=token: token,
         )
-    chosen = jnp.take_along_axis(logits_BV, token[:, None], axis=1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits_BV, axis=-1)
+    chosen = jnp.take_along_axis(raw_BV, token[:, None], axis=1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(raw_BV, axis=-1)
 
 
 def largest(x_BV: jax.Array) -> jax.Array:

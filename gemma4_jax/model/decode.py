@@ -1,18 +1,40 @@
-"""Decoding: the same layers unrolled, reading and writing a cache.
+"""Reading and writing tokens with a cache: the same layers, unrolled.
 
 A scan over layers with the cache as its input and output makes XLA hold a second cache (1.61 GB of temporaries for a
-1.61 GB cache); unrolled layers with a donated tuple of caches need none.
+1.61 GB cache); unrolled layers with a donated tuple of caches need none. A prompt is read in chunks, block of layers by block
+of layers: all blocks of a stack are one compiled program, and the weights exist once, unrolled.
 """
 
+from collections.abc import Sequence
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from gemma4_jax.config import LayerKind, ModelConfig
+from gemma4_jax.config import KINDS, LayerKind, ModelConfig
+from gemma4_jax.kernels.cached import Codes
+from gemma4_jax.model.attention import Places
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
-from gemma4_jax.model.kv import KV, Cache, producers, slot_of, write
+from gemma4_jax.model.kv import (
+    KV,
+    Cache,
+    Chunk,
+    extend_rows,
+    halo,
+    producers,
+    slot_of,
+    write,
+    write_positions,
+    write_rows,
+)
 from gemma4_jax.model.layer import Layer
+from gemma4_jax.model.layouts import CacheFormat, View, decoded, encoded
 from gemma4_jax.model.norm import RMSNorm
+from gemma4_jax.model.rope import rotation
 from gemma4_jax.model.transformer import Transformer
+
+Stored = dict[str, Codes]
+PLAIN = CacheFormat()
 
 
 class Decoder(nnx.Module):
@@ -30,7 +52,9 @@ class Decoder(nnx.Module):
     embed_tokens = Transformer.embed_tokens
     logits = Transformer.logits
 
-    def step(self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def step(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache, cache_format: CacheFormat = PLAIN
+    ) -> tuple[jax.Array, Cache]:
         """Hidden states [B, T, D] of the next tokens, and the cache with them in it.
 
         Rows with position -1 are idle: nothing is written for them. T may not exceed the `ahead` the cache was made
@@ -40,34 +64,150 @@ class Decoder(nnx.Module):
             kind: slot_of(positions_BT, where.shape[1]) for kind, where in cache.positions.items()
         }
         positions: dict[LayerKind, jax.Array] = {
-            kind: write(where, slot[kind], positions_BT) for kind, where in cache.positions.items()
+            kind: write_positions(where, slot[kind], positions_BT) for kind, where in cache.positions.items()
         }
         places = self.places(positions_BT)
         h, per_layer = self.embed_tokens(tokens_BT, self.per_layer)
-        written: list[tuple[jax.Array, jax.Array]] = []
+        written: list[Stored] = []
         source_layer = producers(self.cfg)
         for index, layer in enumerate(self.layers):
             kind = layer.attention.kind
 
-            def keep(k, v, index=index, kind: LayerKind = kind):
-                old_k, old_v = cache.layers[index]
-                written.append((write(old_k, slot[kind], k), write(old_v, slot[kind], v)))
-                return KV(*written[-1], positions[kind])
+            def keep(k, v, index=index, layer=layer, kind: LayerKind = kind):
+                new = encoded(self.cfg, kind, cache_format, k, v)
+                written.append(write(cache.layers[index], slot[kind], new))
+                return view_of(layer, self.cfg, cache_format, written[-1], positions[kind])
 
-            shares = layer.attention.k is None
-            source = KV(*written[source_layer[kind]], positions[kind]) if shares else keep
+            if layer.attention.k is None:
+                source = view_of(layer, self.cfg, cache_format, written[source_layer[kind]], positions[kind])
+            else:
+                source = keep
             h, _, _ = layer(h, None if per_layer is None else per_layer[index], places, source)
         return self.final_norm(h), Cache(tuple(written), positions)
 
 
-def unroll(model: Transformer) -> Decoder:
-    """The layers of both stacks as a list, each with its own slice of the stacked parameters."""
-    layers = []
+def view_of(
+    layer: Layer,
+    cfg: ModelConfig,
+    cache_format: CacheFormat,
+    parts: Stored,
+    positions_PS: jax.Array,
+    rows: jax.Array | None = None,
+) -> View:
+    """What the queries of a layer see of a cache."""
+    kind = layer.attention.kind
+    layout = cache_format.of_kind(cfg, kind)
+    norm = layer.attention.k_norm
+    scale = None if layout == "plain" or norm is None else norm.scale[...]
+    return View(parts, positions_PS, rows, scale, cfg, kind, layout)
+
+
+def fill_block(
+    layers: Sequence[Layer],
+    stored: Sequence[Stored],
+    h_PTD: jax.Array,
+    per_layer_LPTp: jax.Array | None,
+    before: dict[LayerKind, jax.Array],
+    chunk: Chunk,
+    cfg: ModelConfig,
+    cache_format: CacheFormat,
+) -> tuple[jax.Array, tuple[Stored, ...]]:
+    """A chunk through neighbouring layers that own keys and values: the residual stream, and what they store now.
+
+    Sliding layers look at the last `window` tokens before the chunk and the chunk itself, with the kernel of training; full
+    layers at the cache the chunk was written to. Memory grows with chunk x window, and with the blocks of `kernels/cached.py`.
+
+    Args:
+      layers, stored: as many; what each stores, of all rows.
+      h_PTD: residual stream.
+      per_layer_LPTp: per-layer inputs of these layers, or None.
+      before: positions in the chunk's rows before the chunk (`begin_rows`).
+      chunk: what is read.
+      cfg, cache_format: of the model and the cache.
+    """
+    positions = chunk.positions
+    places = _places(cfg, positions)
+    after = extend_rows(before, chunk)
+    written: list[Stored] = []
+    for index, layer in enumerate(layers):
+        kind = layer.attention.kind
+
+        def keep(k, v, index=index, layer=layer, kind: LayerKind = kind):
+            new = encoded(cfg, kind, cache_format, k, v)
+            window = cfg.window(kind)
+            written.append(write_rows(stored[index], chunk, new, ordered=window is None))
+            if window is None:
+                return view_of(layer, cfg, cache_format, written[-1], after[kind], _inside(chunk.rows, stored[index]))
+            old, where = halo(stored[index], before[kind], chunk, window)
+
+            def both(name: str) -> jax.Array:
+                return jnp.concatenate([decoded(old[name], k.dtype), decoded(new[name], k.dtype)], axis=1)
+
+            return KV(both("k"), both("v"), jnp.concatenate([where, positions], axis=1), before=where.shape[1])
+
+        h_PTD, _, _ = layer(h_PTD, None if per_layer_LPTp is None else per_layer_LPTp[index], places, keep)
+    return h_PTD, tuple(written)
+
+
+def last_through(
+    layers: Sequence[Layer],
+    sources: dict[LayerKind, Stored],
+    h_PD: jax.Array,
+    per_layer_LPp: jax.Array | None,
+    after: dict[LayerKind, jax.Array],
+    position_P: jax.Array,
+    rows: jax.Array,
+    cfg: ModelConfig,
+    cache_format: CacheFormat,
+) -> jax.Array:
+    """The last token of each prompt through the layers that share keys and values: [P, D].
+
+    They store nothing, so no other token of a prompt has to pass them: of E2B's prefill more than half.
+    """
+    places = _places(cfg, position_P[:, None])
+    h = h_PD[:, None]
+    for index, layer in enumerate(layers):
+        kind = layer.attention.kind
+        source = view_of(layer, cfg, cache_format, sources[kind], after[kind], _inside(rows, sources[kind]))
+        h, _, _ = layer(h, None if per_layer_LPp is None else per_layer_LPp[index][:, None], places, source)
+    return h[:, 0]
+
+
+def _places(cfg: ModelConfig, positions: jax.Array) -> Places:
+    turn: dict[LayerKind, tuple[jax.Array, jax.Array]] = {
+        kind: rotation(positions, cfg.head_size(kind), cfg.rope(kind)) for kind in KINDS
+    }
+    return Places(positions, None, turn)
+
+
+def _inside(rows: jax.Array, stored: Stored) -> jax.Array:
+    """Rows to read: an existing one for pieces that go nowhere."""
+    return jnp.minimum(rows, stored["v"].values.shape[0] - 1)
+
+
+def unroll(model: Transformer, *, consume: bool = False) -> Decoder:
+    """The layers of both stacks as a list, each with its own slice of the stacked parameters.
+
+    With `consume` every stacked parameter is deleted once its slices exist: one of them at a time exists twice, not all.
+    """
+    layers: list[Layer] = []
     for stack in (model.own, model.shared):
         if stack is None:
             continue
-        for block in range(stack.plan.blocks):
-            for i in range(stack.plan.sliding):
-                layers.append(jax.tree.map(lambda x, b=block, i=i: x[b, i], stack.sliding))
-            layers.append(jax.tree.map(lambda x, b=block: x[b], stack.full))
+        blocks, sliding = range(stack.plan.blocks), range(stack.plan.sliding)
+        parts = [_slices(stack.sliding, [(b, i) for b in blocks for i in sliding], consume)]
+        parts.append(_slices(stack.full, [(b,) for b in blocks], consume))
+        for block in blocks:
+            layers += [*parts[0][block * len(sliding) : (block + 1) * len(sliding)], parts[1][block]]
     return Decoder(model, layers)
+
+
+def _slices(stacked: Layer, places: Sequence[tuple[int, ...]], consume: bool) -> list[Layer]:
+    leaves, tree = jax.tree.flatten(stacked)
+    columns = []
+    for x in leaves:
+        columns.append([x[place] for place in places])
+        if consume:
+            jax.block_until_ready(columns[-1])
+            x.delete()
+    return [jax.tree.unflatten(tree, row) for row in zip(*columns, strict=True)]

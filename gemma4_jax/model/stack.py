@@ -91,9 +91,9 @@ class LayerStack(nnx.Module):
             layer, h = gathered(layer, h.dtype), checkpoint_name(h, LAYER_INPUT)
             kind = layer.attention.kind
             if shared is not None:
-                source = KV(*shared[kind], places.positions, places.segment_ids, aligned=True)
+                source = KV(*shared[kind], places.positions, places.segment_ids)
             else:
-                source = lambda k, v: KV(k, v, places.positions, places.segment_ids, aligned=True)  # noqa: E731
+                source = lambda k, v: KV(k, v, places.positions, places.segment_ids)  # noqa: E731
             h, kv, load = layer(h, per_layer, places, source)
             kept = collect(kind, kv.k, kv.v) if collect is not None else None
             return constrain(h, "batch", "length", None), ((kv.k, kv.v) if hand_on else None), Kept(kept, load)

@@ -1,4 +1,4 @@
-"""The whole text model: embedding, two scanned stacks, final norm, tied head."""
+"""The whole model: towers where it has them, embedding, two scanned stacks, final norm, tied head."""
 
 import functools
 
@@ -10,14 +10,18 @@ from gemma4_jax.config import KINDS, LayerKind, ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.kernels import vocabulary
 from gemma4_jax.model.attention import Places
+from gemma4_jax.model.audio import AudioTower
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
 from gemma4_jax.model.gathering import gathered
-from gemma4_jax.model.kv import Cache, empty_cache, slot_of, write
+from gemma4_jax.model.kv import Cache, empty_cache, slot_of, write, write_positions
+from gemma4_jax.model.layouts import CacheFormat, blank, encoded
 from gemma4_jax.model.moe import ExpertLoad
+from gemma4_jax.model.multimodal import Media, Projector, SoftTokens, last_seen, merge
 from gemma4_jax.model.norm import RMSNorm
 from gemma4_jax.model.parameters import map_arrays
 from gemma4_jax.model.rope import Rotation, rotation
 from gemma4_jax.model.stack import Collect, LayerStack
+from gemma4_jax.model.vision import VisionTower
 from gemma4_jax.sharding import constrain, current_mesh, parameter_shardings
 
 
@@ -27,7 +31,7 @@ def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
 
 
 class Transformer(nnx.Module):
-    """A Gemma 4 text model as a plain pytree.
+    """A Gemma 4 model as a plain pytree: the text model, and `vision` and `audio` with their projections, or None.
 
     Parameters are held in one dtype and computed with in `compute_dtype`; norm statistics, softmax, router, rotation
     angles and logits are float32 whatever that is.
@@ -49,30 +53,88 @@ class Transformer(nnx.Module):
         self.own = stacks["own"]
         self.shared = stacks.get("shared")
         self.final_norm = RMSNorm(embed, cfg.rms_norm_eps, stack={}, dtype=dtype)
+        eyes, ears = cfg.vision, cfg.audio
+        self.vision = VisionTower(eyes, rngs=rngs, dtype=dtype) if eyes else None
+        self.vision_projection = (
+            Projector({"vision_embed": eyes.hidden_size}, embed, eyes.rms_norm_eps, rngs=rngs, dtype=dtype)
+            if eyes
+            else None
+        )
+        self.audio = AudioTower(ears, rngs=rngs, dtype=dtype) if ears else None
+        self.audio_projection = (
+            Projector({"audio_out": ears.output_proj_dims}, embed, ears.rms_norm_eps, rngs=rngs, dtype=dtype)
+            if ears
+            else None
+        )
         self.cfg = cfg
         self.compute_dtype = compute_dtype or dtype
 
-    def places(self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None) -> Places:
-        """Positions, segments and the rotation of each layer kind."""
+    def places(
+        self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None, soft: SoftTokens | None = None
+    ) -> Places:
+        """Positions, segments, the rotation of each layer kind, and how far the tokens of images see."""
         turn: dict[LayerKind, Rotation] = {
             kind: rotation(positions_BT, self.cfg.head_size(kind), self.cfg.rope(kind)) for kind in KINDS
         }
-        return Places(positions_BT, segment_ids_BT, turn)
+        if soft is None or not soft.longest_image or not self.cfg.sees_ahead:
+            return Places(positions_BT, segment_ids_BT, turn)
+        return Places(positions_BT, segment_ids_BT, turn, last_seen(soft.block_ids, positions_BT), soft.longest_image)
+
+    def soft_tokens(self, media: Media, *, remat: str = "none") -> SoftTokens:
+        """What the towers make of media, projected to the text's width: [M, D] in the compute dtype.
+
+        Raises UserError where the model has no tower for them.
+        """
+        found = []
+        if media.images:
+            if self.vision is None or self.vision_projection is None:
+                raise UserError("This model has no vision tower, so it takes no images; load it without text_only.")
+            project = gathered(self.vision_projection, self.compute_dtype)
+            with jax.named_scope("vision"):
+                found += [project(self.vision(group, self.compute_dtype, remat=remat)) for group in media.images]
+        if media.sounds is not None:
+            if self.audio is None or self.audio_projection is None:
+                raise UserError(
+                    "This model has no audio tower, so it takes no sounds: only E2B and E4B hear, and only without text_only."
+                )
+            with jax.named_scope("audio"):
+                heard = self.audio(media.sounds, self.compute_dtype, remat=remat)
+                found.append(gathered(self.audio_projection, self.compute_dtype)(heard))
+        if not found:
+            raise ValueError("media has neither images nor sounds; pass None for text")
+        values = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in found])
+        return SoftTokens(constrain(values, None, None), media.soft_index, media.block_ids, media.longest_image)
 
     def embed_tokens(
-        self, tokens_BT: jax.Array, per_layer: PerLayerInputs | None
+        self, tokens_BT: jax.Array, per_layer: PerLayerInputs | None, soft: SoftTokens | None = None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The residual stream's start [B, T, D] and what `per_layer` makes of it [L, B, T, P] (None without it)."""
+        """The residual stream's start [B, T, D] and what `per_layer` makes of it [L, B, T, P] (None without it).
+
+        Where soft tokens stand, the per-layer inputs read the padding's row of their table, and the soft token itself.
+        """
+        if soft is not None:
+            tokens_BT = jnp.where(soft.soft_index >= 0, jnp.int32(self.cfg.pad_token_id), tokens_BT)
         h = constrain(self.embed.lookup(tokens_BT, self.compute_dtype), "batch", "length", None)
+        if soft is not None:
+            h = constrain(merge(h, soft), "batch", "length", None)
         return h, None if per_layer is None else per_layer(tokens_BT, h)
 
-    def _run(self, tokens_BT, positions_BT, segment_ids_BT, remat: str, collect: Collect | None = None):
+    def _run(
+        self,
+        tokens_BT,
+        positions_BT,
+        segment_ids_BT,
+        remat: str,
+        collect: Collect | None = None,
+        media: Media | SoftTokens | None = None,
+    ):
         """Final hidden states, what `collect` kept of the layers that own keys and values, the experts' load by layer."""
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None], tokens_BT.shape)
-        places = self.places(positions_BT, segment_ids_BT)
+        soft = self.soft_tokens(media, remat=remat) if isinstance(media, Media) else media
+        places = self.places(positions_BT, segment_ids_BT, soft)
         with jax.named_scope("embed"):
-            h, per_layer = self.embed_tokens(tokens_BT, gathered(self.per_layer, self.compute_dtype))
+            h, per_layer = self.embed_tokens(tokens_BT, gathered(self.per_layer, self.compute_dtype), soft)
         own = self.own.plan.layers
         first, rest = (None, None) if per_layer is None else (per_layer[:own], per_layer[own:])
         with jax.named_scope("own"):
@@ -90,17 +152,24 @@ class Transformer(nnx.Module):
         tokens_BT: jax.Array,
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
+        media: Media | SoftTokens | None = None,
         *,
         remat: str = "none",
     ) -> jax.Array:
         """Hidden states after the final norm [B, T, D] in the compute dtype: what a chunked loss multiplies itself."""
-        return self._run(tokens_BT, positions_BT, segment_ids_BT, remat)[0]
+        return self._run(tokens_BT, positions_BT, segment_ids_BT, remat, media=media)[0]
 
     def hidden_and_load(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array, *, remat: str = "none"
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        media: Media | SoftTokens | None = None,
+        *,
+        remat: str = "none",
     ) -> tuple[jax.Array, ExpertLoad | None]:
         """`hidden`, and how the routers spread the tokens: [L, E]; None without experts."""
-        h, _, load = self._run(tokens_BT, positions_BT, segment_ids_BT, remat)
+        h, _, load = self._run(tokens_BT, positions_BT, segment_ids_BT, remat, media=media)
         return h, load
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -117,7 +186,7 @@ class Transformer(nnx.Module):
         tokens: jax.Array,
         positions: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
-        media: None = None,
+        media: Media | SoftTokens | None = None,
         *,
         remat: str = "none",
     ) -> jax.Array:
@@ -128,37 +197,41 @@ class Transformer(nnx.Module):
           positions: int32 [B, T]; -1 marks padding, which nothing sees. Within a segment they grow by one a slot.
             None: 0, 1, 2, ...
           segment_ids: int32 [B, T]; tokens see only their own segment. None: one segment a row.
-          media: images, video and audio, which this text model refuses.
+          media: images, video frames and audio and where they stand, or what the towers made of them; None: text.
           remat: recompute policy of the backward pass, a key of `model.stack.REMAT`.
         """
-        if media is not None:
-            raise UserError("This model reads text only, so media must be None; images and audio need a later version.")
-        return self.logits(self.hidden(tokens, positions, segment_ids, remat=remat))
+        return self.logits(self.hidden(tokens, positions, segment_ids, media, remat=remat))
 
     def prefill(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, max_length: int, ahead: int = 1
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        max_length: int,
+        ahead: int = 1,
+        cache_format: CacheFormat = CacheFormat(),  # noqa: B008
+        media: Media | SoftTokens | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Hidden states [B, T, D] of prompts (padding anywhere, position -1) and the cache they leave behind.
 
-        `max_length` bounds positions; `ahead` is how many tokens a later step may write at once.
+        `max_length` bounds positions; `ahead` is how many tokens a later step may write at once. Whole prompts at once, with
+        stacked weights; `infer` reads them in chunks with unrolled ones.
         """
         cfg, batch = self.cfg, tokens_BT.shape[0]
-        empty = empty_cache(cfg, batch, max_length, self.compute_dtype, ahead)
+        empty = empty_cache(cfg, batch, max_length, self.compute_dtype, ahead, cache_format)
         slot = {kind: slot_of(positions_BT, where.shape[1]) for kind, where in empty.positions.items()}
 
         def fill(kind, k_BTKH, v_BTKH):
-            shape = (batch, empty.positions[kind].shape[1], *k_BTKH.shape[2:])
-            blank = jnp.zeros(shape, k_BTKH.dtype)
-            return write(blank, slot[kind], k_BTKH), write(blank, slot[kind], v_BTKH)
+            parts = blank(cfg, kind, cache_format, batch, empty.positions[kind].shape[1], k_BTKH.dtype)
+            return write(parts, slot[kind], encoded(cfg, kind, cache_format, k_BTKH, v_BTKH))
 
-        h, (sliding, full), _ = self._run(tokens_BT, positions_BT, None, "none", fill)
+        h, (sliding, full), _ = self._run(tokens_BT, positions_BT, None, "none", fill, media)
         plan = self.own.plan
         layers = []
         for block in range(plan.blocks):
-            layers += [(sliding[0][block, i], sliding[1][block, i]) for i in range(plan.sliding)]
-            layers.append((full[0][block], full[1][block]))
+            layers += [jax.tree.map(lambda x, b=block, i=i: x[b, i], sliding) for i in range(plan.sliding)]
+            layers.append(jax.tree.map(lambda x, b=block: x[b], full))
         positions: dict[LayerKind, jax.Array] = {
-            kind: write(empty.positions[kind], slot[kind], positions_BT) for kind in KINDS
+            kind: write_positions(empty.positions[kind], slot[kind], positions_BT) for kind in KINDS
         }
         return h, Cache(tuple(layers), positions)
 

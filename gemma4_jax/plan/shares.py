@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from gemma4_jax.config import KINDS, ModelConfig
-from gemma4_jax.model.kv import owner_kinds, slots
+from gemma4_jax.model.kv import CACHE_DIMS, owner_kinds, slots
+from gemma4_jax.model.layouts import CacheFormat, widths
 from gemma4_jax.model.parameters import is_trainable, variables
 from gemma4_jax.model.transformer import abstract
 from gemma4_jax.sharding import AXES, NEVER_CUT, activation_spec, axes_in, stored_spec, use_spec
@@ -135,14 +136,16 @@ def local(shape: Sequence[int], spec: PartitionSpec, sizes: Sizes) -> tuple[int,
 
 
 def cache_bytes(cfg: ModelConfig, sizes: Sizes, rows: int, length: int, itemsize: int) -> float:
-    """Keys and values of all layers that own some, with their positions."""
+    """What is stored of all layers that own keys and values, in the default layout, with the positions."""
     mesh, total = _mesh(sizes), 0
     for kind in KINDS:
-        shape = (rows, slots(cfg, kind, length), cfg.kv_heads(kind), cfg.head_size(kind))
-        spec = activation_spec(mesh, ("batch", "slots", "kv_heads", None), shape)
+        count = slots(cfg, kind, length)
         layers = sum(owner == kind for owner in owner_kinds(cfg))
-        total += 2 * layers * tiled_bytes(local(shape, spec, sizes), itemsize)
-        total += tiled_bytes(local(shape[:2], activation_spec(mesh, ("batch", "slots"), shape[:2]), sizes), 4)
+        for width in widths(cfg, kind, CacheFormat.of(cfg)).values():
+            shape = (rows, cfg.kv_heads(kind), count, width)
+            total += layers * tiled_bytes(local(shape, activation_spec(mesh, CACHE_DIMS, shape), sizes), itemsize)
+        where = (rows, count)
+        total += tiled_bytes(local(where, activation_spec(mesh, ("batch", "slots"), where), sizes), 4)
     return float(total)
 
 
