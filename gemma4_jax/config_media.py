@@ -117,7 +117,7 @@ _TINY_SIZES: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, head_dim=32
 )
 # Ids of the embedded tokenizer (assets/make_tokenizer.py).
-_TINY_VISION_IDS: dict[str, int] = dict(boi_token_id=111, image_token_id=112, eoi_token_id=113, video_token_id=117)
+_TINY_VISION_IDS: dict[str, Any] = dict(boi_token_id=111, image_token_id=112, eoi_token_id=113, video_token_id=117)
 _TINY_VISION = VisionConfig(**_TINY_SIZES, **_TINY_VISION_IDS, position_embedding_size=1024)
 _TINY_LARGE_VISION = dataclasses.replace(_TINY_VISION, use_clipped_linears=False, standardize=True)
 _TINY_AUDIO = AudioConfig(

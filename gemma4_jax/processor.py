@@ -1,4 +1,4 @@
-"""A conversation becomes arrays: tokens, positions and the mask of what is trained. The tokenizer and the chat format in one.
+"""A conversation becomes arrays: tokens, positions, the mask of what is trained, media: tokenizer, chat format, front end in one.
 
 The text is tokenised whole and the mask read off character offsets, so the tokens are those of the rendered string whatever
 lies at the borders of what is trained.
@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_jax import chat, chat_parse
+from gemma4_jax import chat, chat_media, chat_parse, config_media
 from gemma4_jax.chat_check import ChatError, check_trainable
 from gemma4_jax.errors import UserError
+from gemma4_jax.media.frontend import FrontEnd, MediaConfig
+from gemma4_jax.media.pieces import Piece
 from gemma4_jax.tokenizer import CHAT, Tokenizer
 
 
@@ -26,37 +28,57 @@ class Example:
         tokens: int32 [T].
         positions: int32 [T], 0 to T-1.
         loss_mask: bool [T], True where the token is one the model learns to write.
-        media: arrays of images, audio and video; None for text.
+        media: pictures, frames and sounds in the order of their soft tokens; `media.batch.batch_media` makes a batch of them. None
+            for text.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     loss_mask: np.ndarray
-    media: Any = None
+    media: tuple[Piece, ...] | None = None
 
 
 class Processor:
-    """Tokenizer plus chat format of one checkpoint.
+    """Tokenizer, chat format and media front end of one checkpoint.
 
     Attributes:
         tokenizer: the Tokenizer.
         empty_thought: whether the generation prompt without thinking has an empty thought channel (26B, 31B: yes; E2B, E4B: no).
+        front_end: the model's eyes and ears, and how media are read.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, empty_thought: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        empty_thought: bool = True,
+        front_end: FrontEnd = FrontEnd(),  # noqa: B008
+    ) -> None:
         self.tokenizer = tokenizer
         self.empty_thought = empty_thought
+        self.front_end = front_end
 
     @classmethod
-    def load(cls, path: str | Path, *, empty_thought: bool | None = None) -> "Processor":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        empty_thought: bool | None = None,
+        media: MediaConfig = MediaConfig(),  # noqa: B008
+    ) -> "Processor":
         """From a checkpoint directory or a tokenizer file.
 
-        `empty_thought=None` asks the directory: its chat_template.jinja, else its config.json, else as 31B has it.
+        `empty_thought=None` asks the directory: its chat_template.jinja, else its config.json, else as 31B has it. What the model
+        sees and hears stands in the directory's config.json; a tokenizer alone encodes text only.
         """
         tokenizer = Tokenizer.load(path)
         if empty_thought is None:
             empty_thought = _empty_thought_of(Path(path))
-        return cls(tokenizer, empty_thought=empty_thought)
+        return cls(tokenizer, empty_thought=empty_thought, front_end=FrontEnd(**_towers_of(Path(path)), config=media))
+
+    def with_front_end(self, front_end: FrontEnd) -> "Processor":
+        """The same tokenizer and chat format with other eyes and ears, or reading media in another way."""
+        return Processor(self.tokenizer, empty_thought=self.empty_thought, front_end=front_end)
 
     def save(self, directory: str | Path) -> Path:
         """Writes the tokenizer file into a checkpoint directory; returns its path."""
@@ -102,7 +124,7 @@ class Processor:
         model turn stands as it would be generated, so the tokens of its prompt are a prefix of these tokens.
 
         Raises:
-            ChatError: the conversation cannot be rendered, has media, or (for training) no assistant message.
+            ChatError: the conversation cannot be rendered, has media that cannot be used, or (for training) no assistant message.
             UserError: the tokenizer lacks chat pieces.
         """
         self.tokenizer.require(CHAT, "The chat format")
@@ -117,13 +139,32 @@ class Processor:
         )
         if not add_generation_prompt:
             check_trainable(messages)
-        _check_no_media(messages)
+        spans, pieces = chat_media.expanded(spans, messages, self.front_end.expand)
+        if pieces:
+            self.tokenizer.require([name for piece in pieces for name in _PIECES[piece.kind]], "Media")
         tokens, mask = self.encode_spans(spans)
         if np.count_nonzero(tokens == self.tokenizer.special.bos) != 1:
             raise ChatError(
                 "<bos> inside the text", "A message contains the string <bos>, which may stand only at the start."
             )
-        return Example(tokens, np.arange(tokens.size, dtype=np.int32), mask)
+        return Example(tokens, np.arange(tokens.size, dtype=np.int32), mask, self._placed(tokens, pieces) or None)
+
+    def _placed(self, tokens: np.ndarray, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+        """The pieces where their soft tokens stand, which are runs of placeholders in the same order."""
+        special = self.tokenizer.special
+        here = (
+            np.flatnonzero(np.isin(tokens, [special.image, special.audio, special.video]))
+            if pieces
+            else np.zeros(0, int)
+        )
+        placed, at = [], 0
+        for piece in pieces:
+            run = tokens[here[at : at + piece.count]]
+            assert run.size == piece.count, f"{piece.count} soft tokens, {run.size} placeholders"
+            assert (run == getattr(special, piece.kind)).all(), f"no placeholders of {piece.kind}"
+            placed.append(piece.at(int(here[at])))
+            at += piece.count
+        return tuple(placed)
 
     def encode_spans(self, spans: Sequence[chat.Span]) -> tuple[np.ndarray, np.ndarray]:
         """(tokens int32 [T], trained bool [T]) of the joined text; a token is trained if any of its characters is."""
@@ -156,17 +197,21 @@ class Processor:
         return chat_parse.StreamParser(self.tokenizer)
 
 
-def _check_no_media(messages: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ChatError for an image, audio or video part."""
-    for index, message in enumerate(messages):
-        content = message.get("content")
-        for part in content if isinstance(content, list | tuple) else ():
-            if isinstance(part, Mapping) and part.get("type") in ("image", "audio", "video"):
-                kind = part["type"]
-                text = (
-                    f"messages[{index}] has {kind} content; this version renders its placeholder but encodes text only."
-                )
-                raise ChatError(f"{kind} content", text)
+_PIECES = {
+    "image": ("image_open", "image", "image_close"),
+    "video": ("image_open", "video", "image_close"),
+    "audio": ("audio_open", "audio", "audio_close"),
+}
+"""Special pieces that a tokenizer needs for each kind of medium."""
+
+
+def _towers_of(path: Path) -> dict[str, Any]:
+    """The fields `vision` and `audio` of FrontEnd that stand in a checkpoint directory's config.json."""
+    config = (path if path.is_dir() else path.parent) / "config.json"
+    if not config.is_file():
+        return {}
+    content = _json(config)
+    return config_media.from_hf(content) if content.get("model_type") == "gemma4" else {}
 
 
 def _empty_thought_of(path: Path) -> bool:
@@ -178,9 +223,14 @@ def _empty_thought_of(path: Path) -> bool:
     config = directory / "config.json"
     if not config.is_file():
         return True
+    content = _json(config)
+    return not content.get("text_config", content).get("hidden_size_per_layer_input")  # only E2B and E4B have these
+
+
+def _json(config: Path) -> dict[str, Any]:
+    """The object in a config.json, or an empty one."""
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{config} is not JSON ({error}).") from None
-    text = content.get("text_config", content) if isinstance(content, dict) else {}
-    return not text.get("hidden_size_per_layer_input")  # only E2B and E4B have per-layer embeddings
+    return content if isinstance(content, dict) else {}

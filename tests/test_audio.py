@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from media_golden import golden, recipes
 
 from gemma4_jax.media.batch import batch_media
@@ -39,7 +40,7 @@ def test_features_alone_and_in_a_padded_batch(together):
     g = golden("media_e2b")
     pieces = [sound_piece(sound.waveform()) for sound in recipes.SOUNDS[: 3 if together else 5]]
     groups = [pieces] if together else [[piece] for piece in pieces]
-    run = jax.jit(lambda model, media: model.soft_tokens(media).values)
+    run = quick.jit(lambda model, media: model.soft_tokens(media).values)
     found = []
     for group in groups:
         media = jax.tree.map(jnp.asarray, batch_media([[piece] for piece in group], 750, g.model.cfg.vision))

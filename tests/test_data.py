@@ -166,7 +166,7 @@ CHATS = [
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "x"}]},
-        "image content",
+        "media without a source",
     ),
     ("[" * 100_000, "not JSON"),
 ]

@@ -12,14 +12,14 @@ PROJECT = Path(__file__).resolve().parent.parent
 ROWS = (
     ("launch", "configs"),
     ("train", "infer", "eval", "plan"),
-    ("checkpoint", "data", "tokenizer", "chat", "processor"),
+    ("checkpoint", "data", "tokenizer", "chat", "processor", "media"),
     ("model",),
     ("quant", "kernels"),
     ("mesh_choice",),
     ("config", "sharding", "chips"),
     ("assets", "options", "errors", "tables"),
 )
-# Config files use launch.settings; a processor is a tokenizer and a chat format; leaves are leaves.
+# Config files use launch.settings; a processor is a tokenizer, a chat format and a media front end; leaves are leaves.
 COMPANY = {0, 2, 7}
 LEVEL = {name: level for level, names in enumerate(ROWS) for name in names}
 FOREIGN = {"torch", "transformers", "tensorflow", "qwix", "jinja2"}

@@ -119,8 +119,8 @@ def test_parse(processor):
         ([{"role": "user", "content": "<bos>"}, CHAT[1]], "<bos> inside the text", "only at the start"),
         (
             [{"role": "user", "content": [{"type": "image"}]}, CHAT[1]],
-            "image content",
-            r"messages\[0\] has image content",
+            "media without a source",
+            r"messages\[0\].content\[0\] wants exactly one of path, bytes, array, image",
         ),
     ],
 )

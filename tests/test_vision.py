@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quick
 from media_golden import GOLDEN, golden, recipes
 
 from gemma4_jax.config_media import VisionConfig
@@ -40,7 +41,7 @@ def test_features_of_every_budget_and_shape(fixture):
     assert vision is not None
     pieces = [patches_of(picture.pixels(), vision, picture.budget) for picture in recipes.TOWER]
     media = jax.tree.map(jnp.asarray, batch_media([[piece] for piece in pieces], 1120, vision))
-    soft = jax.jit(lambda model, media: model.soft_tokens(media))(g.model, media)
+    soft = quick.jit(lambda model, media: model.soft_tokens(media))(g.model, media)
     for i, piece in enumerate(pieces):
         assert piece.count == g.numbers[f"picture_count/{i}"]
         ours = np.asarray(soft.values)[np.asarray(media.soft_index)[i, : piece.count]]
@@ -60,14 +61,14 @@ def test_padding_and_company_change_nothing():
 
     def soft(*pieces) -> np.ndarray:
         media = jax.tree.map(jnp.asarray, batch_media([[piece] for piece in pieces], 70, vision))
-        values = jax.jit(lambda model, media: model.soft_tokens(media).values)(g.model, media)
+        values = quick.jit(lambda model, media: model.soft_tokens(media).values)(g.model, media)
         return np.asarray(values)[np.asarray(media.soft_index)[0, : pieces[0].count]]
 
     alone = soft(small)
     np.testing.assert_allclose(soft(small, wide, wide), alone, atol=1e-5)
     other = small.__class__(small.cells, small.columns, 140)
     media = jax.tree.map(jnp.asarray, batch_media([[other]], 70, vision))
-    values = jax.jit(lambda model, media: model.soft_tokens(media).values)(g.model, media)
+    values = quick.jit(lambda model, media: model.soft_tokens(media).values)(g.model, media)
     np.testing.assert_allclose(np.asarray(values)[: small.count], alone, atol=1e-5)
 
 
@@ -82,7 +83,7 @@ def test_remat_gives_the_same_gradients():
         def loss(model):
             return jnp.sum(jnp.sin(model.soft_tokens(media, remat=remat).values[: piece.count]))
 
-        return jax.tree.leaves(jax.jit(jax.grad(loss))(g.model).vision)
+        return jax.tree.leaves(quick.jit(jax.grad(loss))(g.model).vision)
 
     for a, b in zip(gradients("none"), gradients("full"), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)

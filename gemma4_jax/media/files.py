@@ -27,7 +27,7 @@ def library(name: str, purpose: str) -> Any:
         raise UserError(text) from None
 
 
-def opened(source: str | Path | bytes, root: Path | None, where: str) -> Path | io.BytesIO:
+def opened(source: str | Path | bytes | bytearray | memoryview, root: Path | None, where: str) -> Path | io.BytesIO:
     """A file to read: a path, relative ones below `root`, or bytes.
 
     With a root nothing outside of it is opened, links included. Without one every path is allowed: the caller named it.

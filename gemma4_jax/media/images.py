@@ -77,8 +77,9 @@ def target_size(height: int, width: int, vision: VisionConfig, budget: int) -> t
 def patches_of(pixels: np.ndarray, vision: VisionConfig, budget: int, kind: str = "image") -> ImagePiece:
     """uint8 [H, W, 3], resized and cut: bicubic with antialiasing, rounded to bytes."""
     image_module = library("PIL.Image", "Reading pictures")
-    height, width = target_size(*pixels.shape[:2], vision, budget)
-    if (height, width) != pixels.shape[:2]:
+    stored_height, stored_width, _ = pixels.shape
+    height, width = target_size(stored_height, stored_width, vision, budget)
+    if (height, width) != (stored_height, stored_width):
         image = image_module.fromarray(np.ascontiguousarray(pixels))
         pixels = np.asarray(image.resize((width, height), image_module.Resampling.BICUBIC))
     pool, patch = vision.pooling_kernel_size, vision.patch_size
@@ -98,7 +99,8 @@ def patch_positions(count: int, columns: int, pool: int) -> np.ndarray:
 
 
 def _pixels_of_pillow(image: Any, where: str, name: str) -> np.ndarray:
-    _check_size(*image.size, where, name)
+    width, height = image.size
+    _check_size(width, height, where, name)
     operations = library("PIL.ImageOps", "Reading pictures")
     try:
         image = operations.exif_transpose(image)

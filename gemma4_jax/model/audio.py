@@ -138,7 +138,9 @@ class LightConv(nnx.Module):
         taps = self.conv.rounded().astype(h.dtype)
         count, length = taps.shape[0], h.shape[1]
         padded = jnp.pad(h, ((0, 0), (count - 1, 0), (0, 0)))
-        h = sum(padded[:, i : i + length] * taps[i][None, None] for i in range(count))
+        h = padded[:, :length] * taps[0][None, None]
+        for i in range(1, count):
+            h = h + padded[:, i : i + length] * taps[i][None, None]
         h = self.conv_norm(_limited(h, self.limit))
         return x_ATD + self.end(jax.nn.silu(h))
 
