@@ -24,7 +24,7 @@ def run_export(run: ExportRun, write: Callable[[str], None] = print) -> None:
         )
     report = export(source, path, **settings)
     write(summary(report))
-    write(f"weights: {report.how}; manifest: {report.manifest}")
+    write(f"weights: {report.how}; activations: {report.activations}; manifest: {report.manifest}")
     outcome = report.outcome
     rate = outcome.read_bytes / max(outcome.seconds, 1e-9)
     write(

@@ -182,12 +182,16 @@ class PackedRows:
     group: int | None
     fits: tuple[BlockGrid, ...]
     checked: bool = False
+    declared: BlockGrid | None = None
     dtype: str = "F32"
+    coded: bool = True
 
     @property
     def grid(self) -> BlockGrid | None:
         """The grid whose codes these are, whatever rule found their scales."""
-        return None if self.group else {2: INT2_CHANNEL, 4: INT4_CHANNEL, 8: INT8_CHANNEL}[self.bits]
+        if self.group:
+            return (self.declared or Q4_0) if (self.bits, self.group) == (4, 32) else None
+        return {2: INT2_CHANNEL, 4: INT4_CHANNEL, 8: INT8_CHANNEL}[self.bits]
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """(rows, values); by the way strikes from `fits` the grids on which a block does not lie."""

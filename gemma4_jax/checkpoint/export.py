@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from gemma4_jax.checkpoint.canvas import Canvas
-from gemma4_jax.checkpoint.lattice import Drift, Encoded, check_finite, encode
+from gemma4_jax.checkpoint.lattice import Drift, Encoded, check_finite, decode, encode
 from gemma4_jax.checkpoint.mismatch import listed
-from gemma4_jax.checkpoint.source import CodedRows, Rows, Source
+from gemma4_jax.checkpoint.source import Source, is_coded
 from gemma4_jax.errors import UserError
 from gemma4_jax.quant.grids import BlockGrid
 
@@ -115,14 +115,13 @@ def _write_tensor(source: Source, name: str, storage: Storage, home: Mapping[str
     if storage.grid is not None and (grid is None or storage.grid.name != grid.name):
         raise ValueError(f"{name} is on {grid}, the storage wants {storage.grid}")
     drift, tensor = Drift(), source.tensors[name]
-    for rows, weights, rounded in _rounded_blocks(tensor, trained, source.origin):
-        # What the forward pass of the source computes with.
-        base = weights if rounded is None else rounded.values
+    # `base` is what the forward pass of the source computes with, `encoded` the same in codes.
+    for rows, weights, base, encoded in _rounded_blocks(source, name, trained):
         given: Any = base
         if grid is not None:
-            encoded = rounded if rounded is not None and trained == grid else encode(grid, base)
-            check_finite(encoded.values, name, source.origin)
-            given = encoded if storage.grid is not None else encoded.values
+            coded = encoded if encoded is not None and trained == grid else encode(grid, base)
+            check_finite(coded.values, name, source.origin)
+            given = coded if storage.grid is not None else coded.values
         for target, values in storage.pack(rows, given):
             home[target].add(target, values)
         exact = given.values if isinstance(given, Encoded) else given
@@ -134,18 +133,27 @@ def _write_tensor(source: Source, name: str, storage: Storage, home: Mapping[str
 
 
 def _rounded_blocks(
-    tensor: Rows, trained: BlockGrid | None, origin: str
-) -> Iterator[tuple[slice, np.ndarray, Encoded | None]]:
-    """(rows, float32 weights, the same on the grid they were trained on) of a tensor; codes of a file are taken as they are."""
-    if trained is not None and isinstance(tensor, CodedRows):
-        for rows, encoded in tensor.coded_blocks():
-            check_finite(encoded.values, tensor.name, origin)
-            yield rows, encoded.values, encoded
+    source: Source, name: str, trained: BlockGrid | None
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray, Encoded | None]]:
+    """(rows, weights, weights as trained, the same in codes) of a tensor, float32; codes of a file are taken as they are."""
+    tensor = source.tensors[name]
+    if trained is not None and is_coded(tensor):
+        kept = np.dtype(trained.scale_dtype)
+        for rows, encoded in tensor.coded_blocks():  # pyright: ignore[reportAttributeAccessIssue]
+            check_finite(encoded.values, name, source.origin)
+            scales = encoded.scales.astype(kept)
+            own = Encoded(encoded.codes, scales, decode(encoded.codes, scales))
+            yield rows, encoded.values, encoded.values, own
         return
+    learned = None if trained is None else source.learned_scales(name)
     for rows, block in tensor.blocks():
         weights = np.asarray(block, np.float32)
-        check_finite(weights, tensor.name, origin)
-        yield rows, weights, None if trained is None else encode(trained, weights)
+        check_finite(weights, name, source.origin)
+        if trained is None:
+            yield rows, weights, weights, None
+            continue
+        encoded = encode(trained, weights, None if learned is None else learned[rows])
+        yield rows, weights, encoded.values, encoded
 
 
 def _refuse_drift(source: Source, fates: Iterable[Fate]) -> None:

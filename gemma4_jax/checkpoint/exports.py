@@ -37,6 +37,7 @@ class Report:
     manifest: Path
     outcome: Outcome
     how: str
+    activations: str
 
     @property
     def bytes(self) -> int:
@@ -118,7 +119,9 @@ def export(
             outcome = mobile.write_mobile(source, path, **common)
         else:
             outcome = compressed_tensors.write_compressed_tensors(source, path, experts=experts, **common)
-    return Report(path, manifest.path_beside(path), outcome, manifest.how(source, policy))
+    return Report(
+        path, manifest.path_beside(path), outcome, manifest.how(source, policy), manifest.activations(source, format)
+    )
 
 
 def _source(what: Any, policy: str | None, text_only: bool, step: Which) -> Source:

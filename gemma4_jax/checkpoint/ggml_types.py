@@ -23,8 +23,8 @@ QK_K = 256
 class GgmlType:
     """A storage type: `block` weights take `size` bytes.
 
-    decode: uint8 [n, size] -> float32 [n, block]. pack: (int8 codes [n, block], float16 scales [n, 1]) -> uint8 [n, size].
-    float_dtype: of the types that are plain numbers. grids: ours that the type holds exactly, the stricter ones first.
+    decode: uint8 [n, size] -> float32 [n, block]. split: the same to (int8 codes [n, block], float16 scales [n, 1]); pack: its
+    inverse. float_dtype: of the types that are plain numbers. grids: ours that the type holds exactly, the stricter ones first.
     """
 
     name: str
@@ -33,6 +33,7 @@ class GgmlType:
     size: int
     decode: Callable[[np.ndarray], np.ndarray]
     pack: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    split: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None
     float_dtype: np.dtype | None = None
     grids: tuple[BlockGrid, ...] = ()
 
@@ -57,10 +58,9 @@ def _pack_q4_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return out
 
 
-def _decode_q4_0(raw: np.ndarray) -> np.ndarray:
-    d = raw[:, :2].copy().view(np.float16).astype(np.float32)
+def _split_q4_0(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     codes = np.concatenate([raw[:, 2:] & 0x0F, raw[:, 2:] >> 4], axis=1).view(np.int8) - np.int8(8)
-    return codes.astype(np.float32) * d
+    return codes, raw[:, :2].copy().view(np.float16)
 
 
 def _pack_q8_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -71,9 +71,16 @@ def _pack_q8_0(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return out
 
 
-def _decode_q8_0(raw: np.ndarray) -> np.ndarray:
-    d = raw[:, :2].copy().view(np.float16).astype(np.float32)
-    return raw[:, 2:].view(np.int8).astype(np.float32) * d
+def _split_q8_0(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return raw[:, 2:].view(np.int8).copy(), raw[:, :2].copy().view(np.float16)
+
+
+def _product(split: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]) -> Callable[[np.ndarray], np.ndarray]:
+    def decode(raw: np.ndarray) -> np.ndarray:
+        codes, scales = split(raw)
+        return codes.astype(np.float32) * scales.astype(np.float32)
+
+    return decode
 
 
 def _decode_q6_k(raw: np.ndarray) -> np.ndarray:
@@ -90,8 +97,10 @@ def _decode_q6_k(raw: np.ndarray) -> np.ndarray:
 F32 = GgmlType("F32", 0, 1, 4, _plain(np.dtype(np.float32)), float_dtype=np.dtype(np.float32))
 F16 = GgmlType("F16", 1, 1, 2, _plain(np.dtype(np.float16)), float_dtype=np.dtype(np.float16))
 BF16 = GgmlType("BF16", 30, 1, 2, _plain(np.dtype(ml_dtypes.bfloat16)), float_dtype=np.dtype(ml_dtypes.bfloat16))
-TYPE_Q4_0 = GgmlType("Q4_0", 2, QK, 18, _decode_q4_0, _pack_q4_0, grids=(INT4_SYM7_G32, Q4_0_BF16, Q4_0))
-TYPE_Q8_0 = GgmlType("Q8_0", 8, QK, 34, _decode_q8_0, _pack_q8_0, grids=(Q8_0,))
+TYPE_Q4_0 = GgmlType(
+    "Q4_0", 2, QK, 18, _product(_split_q4_0), _pack_q4_0, _split_q4_0, grids=(INT4_SYM7_G32, Q4_0_BF16, Q4_0)
+)
+TYPE_Q8_0 = GgmlType("Q8_0", 8, QK, 34, _product(_split_q8_0), _pack_q8_0, _split_q8_0, grids=(Q8_0,))
 TYPE_Q6_K = GgmlType("Q6_K", 14, QK_K, 210, _decode_q6_k)
 
 KNOWN = {kind.number: kind for kind in (F32, F16, BF16, TYPE_Q4_0, TYPE_Q8_0, TYPE_Q6_K)}

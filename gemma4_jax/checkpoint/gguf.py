@@ -15,13 +15,13 @@ from gemma4_jax.checkpoint.export import Outcome, Storage, float_storage, write
 from gemma4_jax.checkpoint.ggml_types import F32, GgmlType, float_type, type_for
 from gemma4_jax.checkpoint.gguf_file import Metadata, Placed, Value, lay_out, read_header
 from gemma4_jax.checkpoint.hf import assemble
-from gemma4_jax.checkpoint.lattice import Encoded, encode
+from gemma4_jax.checkpoint.lattice import Encoded, decode, encode
 from gemma4_jax.checkpoint.manifest import Manifest, path_beside, text_of
 from gemma4_jax.checkpoint.mismatch import Mismatch
 from gemma4_jax.checkpoint.placement import Shardings, default_device
-from gemma4_jax.checkpoint.quantised import grids_found
+from gemma4_jax.checkpoint.quantised import grids_found, on_grids
 from gemma4_jax.checkpoint.safetensors_io import read_blocks
-from gemma4_jax.checkpoint.source import Source, with_grids
+from gemma4_jax.checkpoint.source import Source
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.transformer import Transformer
@@ -67,7 +67,9 @@ def write_gguf(
         forms |= storage.tensors
     metadata = _general(name, storages) | gguf_names.metadata_of(source.cfg) | (tokenizer or {})
     if source.grids:
-        grids = {parameter: grid.name for parameter, grid in source.grids.items()}
+        # Not those whose scales were learned: their grid's rule does not find them again.
+        plain = {name for name in source.grids if f"{name.removesuffix('.w')}.grid_scale" not in source.scales}
+        grids = {parameter: grid.name for parameter, grid in source.grids.items() if parameter in plain}
         metadata[GRIDS_KEY] = Value("str", json.dumps(grids, separators=(",", ":")))
     front, placed = lay_out(metadata, forms)
     places = {tensor.name: (tensor.start, tensor.size) for tensor in placed.values()}
@@ -142,11 +144,12 @@ class GgufRows:
     shape: tuple[int, ...]
     fits: tuple[BlockGrid, ...]
     checked: bool = False
+    declared: bool = False
 
     @property
     def coded(self) -> bool:
         """Whether the file has codes of it."""
-        return self.placed.type.float_dtype is None
+        return self.placed.type.split is not None
 
     @property
     def dtype(self) -> str:
@@ -154,14 +157,16 @@ class GgufRows:
         kind = self.placed.type
         return kind.name if kind.float_dtype is not None else "F32"
 
+    @property
+    def grid(self) -> BlockGrid | None:
+        """The grid whose codes these are, whatever rule found their scales."""
+        grids = self.placed.type.grids
+        return (self.fits or grids)[0 if self.declared else -1] if grids else None
+
     def blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """(rows, values), and by the way strikes from `fits` the grids on which a block does not lie."""
         kind, width = self.placed.type, self.placed.shape[-1]
-        outer = self.placed.shape[0] if len(self.placed.shape) > 1 else 1
-        row = self.placed.size // outer
-        # Codes take an eighth of their float32 values.
-        step = max(1, (2 << 20) // row)
-        for rows, raw in read_blocks(self.path, self.name, self.placed.start, (outer, row), np.dtype(np.uint8), step):
+        for rows, raw in self._raw_blocks():
             if kind.float_dtype is not None:
                 values = raw.reshape(-1).view(kind.float_dtype)
             else:
@@ -170,8 +175,28 @@ class GgufRows:
             if self.fits and not self.checked:
                 blocks = values.reshape(-1, width)
                 self.fits = tuple(grid for grid in self.fits if np.array_equal(encode(grid, blocks).values, blocks))
-            yield (rows if len(self.placed.shape) > 1 else slice(0, width)), values
+            yield rows, values
         self.checked = True
+
+    def coded_blocks(self) -> Iterator[tuple[slice, Encoded]]:
+        """(rows, codes and scales as the file has them)."""
+        split = self.placed.type.split
+        assert split is not None
+        for rows, raw in self._raw_blocks():
+            codes, scales = split(raw.reshape(-1, self.placed.type.size))
+            shape = (len(raw), *self.placed.shape[1:])
+            codes, scales = codes.reshape(shape), scales.reshape(*shape[:-1], -1)
+            yield rows, Encoded(codes, scales, decode(codes, scales))
+
+    def _raw_blocks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, their bytes); a vector counts as one row."""
+        vector = len(self.placed.shape) == 1
+        outer = 1 if vector else self.placed.shape[0]
+        row = self.placed.size // outer
+        # Codes take an eighth of their float32 values.
+        step = max(1, (2 << 20) // row)
+        for rows, raw in read_blocks(self.path, self.name, self.placed.start, (outer, row), np.dtype(np.uint8), step):
+            yield (slice(0, self.placed.shape[0]) if vector else rows), raw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +240,9 @@ def read_gguf(path: Path) -> GgufModel:
     for target, name in wanted.items():
         mine = declared.get(table[name].parameter)
         fits = placed[target].type.grids if mine is None else (mine,)
-        tensors[name] = GgufRows(name, path, placed[target], table[name].shape, fits, checked=mine is not None)
+        tensors[name] = GgufRows(
+            name, path, placed[target], table[name].shape, fits, mine is not None, mine is not None
+        )
     return GgufModel(cfg, {name: tensors[name] for name in table}, metadata, declared)
 
 
@@ -226,7 +253,7 @@ def gguf_source(path: Path) -> Source:
         if tensor.fits and not tensor.checked:
             for _ in tensor.blocks():
                 pass
-    grids = grids_found(model.tensors, model.cfg, str(path))
+    grids, _ = grids_found(model.tensors, model.cfg, str(path), as_stored=True)
     return Source(model.cfg, model.tensors, grids, str(path), (path,), trained=grids)
 
 
@@ -240,7 +267,7 @@ def load_gguf(
     """The model of a file; `dtype` None: quantised weights as float32, which holds them exactly."""
     found = read_gguf(path)
     model = assemble(found.cfg, found.tensors, dtype=dtype, compute_dtype=compute_dtype, shardings=shardings)
-    return with_grids(model, grids_found(found.tensors, found.cfg, str(path)))
+    return on_grids(model, found.tensors, str(path), shardings)
 
 
 def _declared(metadata: Metadata, cfg: ModelConfig, path: Path) -> dict[str, BlockGrid]:

@@ -26,8 +26,11 @@ class Encoded:
     values: np.ndarray
 
 
-def encode(grid: BlockGrid, rows: np.ndarray) -> Encoded:
-    """Float rows [..., width] of any float dtype on the grid; bit for bit what the forward pass rounds them to (float32)."""
+def encode(grid: BlockGrid, rows: np.ndarray, given: np.ndarray | None = None) -> Encoded:
+    """Float rows [..., width] of any float dtype on the grid; bit for bit what the forward pass rounds them to (float32).
+
+    given: float32 scales [..., width / block], learned ones; None: those of the grid's rule.
+    """
     width = rows.shape[-1]
     grid.check(rows.shape, -1)
     block = grid.block or width
@@ -38,7 +41,11 @@ def encode(grid: BlockGrid, rows: np.ndarray) -> Encoded:
     for start in range(0, len(flat), step):
         part = flat[start : start + step]
         padded = part if len(part) == step else np.concatenate([part, np.zeros((step - len(part), block), part.dtype)])
-        part_codes, part_scales = grid.encode(jnp.asarray(padded), -1)
+        known = None
+        if given is not None:
+            known = np.ones((step, 1), np.float32)
+            known[: len(part)] = given.reshape(-1, 1)[start : start + step]
+        part_codes, part_scales = grid.encode(jnp.asarray(padded), -1, None if known is None else jnp.asarray(known))
         codes[start : start + step] = np.asarray(part_codes)[: len(part)]
         scales[start : start + step] = np.asarray(part_scales)[: len(part)]
     values = decode(codes, scales)

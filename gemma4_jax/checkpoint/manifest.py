@@ -34,6 +34,7 @@ def describe(source: Source, outcome: Outcome, *, form: str, dtype: str, policy:
         "format": form,
         "dtype": dtype,
         "how": how(source, policy),
+        "activations": activations(source, form),
         "policy": policy,
         "grids": {parameter: grid.name for parameter, grid in source.grids.items()},
         "source": {"path": source.origin, "sha256": source.digest()},
@@ -57,6 +58,14 @@ def how(source: Source, policy: str | None) -> str:
     if policy is not None:
         return f"post-training quantisation by policy {policy}" + (" of a model trained on a grid" if trained else "")
     return "as trained on its grids" if trained else "float: nothing was rounded to a grid"
+
+
+def activations(source: Source, form: str) -> str:
+    """What becomes of rounded activations, in words."""
+    count = len(source.activation_scales())
+    if not count:
+        return "not rounded by given scales"
+    return f"{count} static scales" + ("" if form == "mobile" else f", left out: {form} has no place for them")
 
 
 def declared_grids(directory: Path) -> Mapping[str, BlockGrid]:

@@ -37,16 +37,15 @@ def write_mobile(
     path: Path,
     *,
     dtype: str = "bfloat16",
-    activations: Mapping[str, np.ndarray] | None = None,
     **frame: Any,
 ) -> Outcome:
     """Writes a directory.
 
     Args:
-      source: linear layers and tables on a channel or wide-block grid are packed, the rest is `dtype`.
+      source: linear layers and tables on a channel or wide-block grid are packed, the rest is `dtype`; static scales of
+        activations and of the cache go along.
       path: new or empty directory.
       dtype: of what is not packed.
-      activations: scales by their names in the file, float32 scalars; a layer's that is not named: 0, which is "not rounded".
       frame: see `hf_export.write_directory`.
 
     Raises:
@@ -56,12 +55,7 @@ def write_mobile(
         raise UserError(
             "The mobile format is one of E2B and E4B; this model has no per-layer embeddings. Export another format."
         )
-    unset = sorted(name for name, scale in (activations or {}).items() if not np.all(np.asarray(scale) > 0))
-    if unset:
-        raise UserError(
-            f"{source.origin} rounds activations, but {len(unset)} of their scales were never calibrated ({listed(unset)}); run "
-            "the calibration first."
-        )
+    activations = _activations(source)
     storages, codes = {}, {}
     for name in source.tensors:
         grid = source.grid(name)
@@ -80,7 +74,7 @@ def write_mobile(
     # 0: not rounded. transformers wants both scales of every packed layer.
     wanted = [f"{module}.{scale}" for module in _packed_layers(source, codes) for scale in ACTIVATION_SCALES[:2]]
     extras = {name: np.zeros((), np.float32) for name in wanted}
-    extras |= {name: np.asarray(scale, np.float32).reshape(()) for name, scale in (activations or {}).items()}
+    extras |= activations
     config = _quantization_config(source, codes)
     tied = "embed_tokens.weight" not in codes
     return write_directory(
@@ -93,6 +87,33 @@ def write_mobile(
             **frame,
         },
     )
+
+
+def _activations(source: Source) -> dict[str, np.ndarray]:
+    """The scales of activations by their names in the file.
+
+    Raises:
+      UserError: one of them was never calibrated.
+    """
+    modules: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name in source.tensors:
+        entry = source.entry(name)
+        layer = file_name(source, name).removesuffix(".weight")
+        modules.setdefault(entry.parameter.removesuffix(".w"), []).append((layer, entry.index))
+        if name.endswith("self_attn.k_proj.weight"):  # the module that keeps keys and values
+            modules.setdefault(entry.parameter.removesuffix(".k.w"), []).append((layer.rpartition(".")[0], entry.index))
+    found = {}
+    for name, (kind, values) in source.activation_scales().items():
+        stored = kind if kind.endswith("cache_scale") else kind.replace("_scale", "_activation_scale")
+        for layer, index in modules.get(name.rpartition(".")[0], []):
+            found[f"{layer}.{stored}"] = np.asarray(values[index], np.float32).reshape(())
+    unset = [name for name, scale in found.items() if not scale > 0]
+    if unset:
+        raise UserError(
+            f"{source.origin} rounds activations, but {len(unset)} of their scales were never calibrated ({listed(unset)}); run "
+            "the calibration first."
+        )
+    return found
 
 
 def _packed_layers(source: Source, codes: Mapping[str, BlockGrid]) -> list[str]:
@@ -186,7 +207,9 @@ class MobileRows:
     bits: int
     fits: tuple[BlockGrid, ...]
     checked: bool = False
+    declared: BlockGrid | None = None
     dtype: str = "F32"
+    coded: bool = True
 
     @property
     def grid(self) -> BlockGrid:

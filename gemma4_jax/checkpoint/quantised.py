@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gemma4_jax.checkpoint import compressed_tensors, manifest, mobile, names
@@ -16,9 +17,10 @@ from gemma4_jax.checkpoint.mismatch import listed
 from gemma4_jax.checkpoint.placement import Shardings, default_device
 from gemma4_jax.checkpoint.safetensors_io import Tensor
 from gemma4_jax.checkpoint.shards import read_json, tensors_of
-from gemma4_jax.checkpoint.source import CodedRows, Source, with_grids
+from gemma4_jax.checkpoint.source import Source, is_coded, with_grids
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
+from gemma4_jax.model.parameters import map_arrays, variables
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.quant.grids import BlockGrid
 
@@ -44,7 +46,7 @@ def load_directory(
     """
     cfg, tensors = directory_tensors(path, text_only)
     model = assemble(cfg, tensors, dtype=dtype, compute_dtype=compute_dtype, shardings=shardings)
-    return with_grids(model, grids_found(tensors, cfg, str(path)))
+    return on_grids(model, tensors, str(path), shardings)
 
 
 def directory_source(path: str | Path, text_only: bool = False) -> Source:
@@ -54,7 +56,7 @@ def directory_source(path: str | Path, text_only: bool = False) -> Source:
         if getattr(tensor, "fits", ()) and not tensor.checked:
             for _ in tensor.blocks():
                 pass
-    grids = grids_found(tensors, cfg, str(path), as_stored=True)
+    grids, _ = grids_found(tensors, cfg, str(path), as_stored=True)
     files = tuple(sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".json")))
     return Source(cfg, tensors, grids, str(path), files, trained=grids)
 
@@ -140,40 +142,87 @@ def _declared(directory: Path, cfg: ModelConfig, tensors: dict[str, Any]) -> dic
             continue
         if isinstance(tensor, Tensor):
             tensors[name] = LatticeRows(tensor, (grid,))
-        elif any(grid == other for other in tensor.fits):
-            tensor.fits = (grid,)
+        elif not isinstance(tensor, LatticeRows):
+            tensor.declared = grid
+            tensor.fits = tuple(other for other in tensor.fits if other == grid)
     return tensors
+
+
+def on_grids(model: Transformer, tensors: Mapping[str, Any], where: str, shardings: Shardings) -> Transformer:
+    """The model made of these tensors with the grids they lie on, scales as parameters where no rule finds them again."""
+    grids, learned = grids_found(tensors, model.cfg, where)
+    kept = {name: variable for name, variable in variables(model).items() if name in learned}
+    scales = {name: _own_scales(name, tensors, model.cfg, kept[name].get_value().shape) for name in learned}
+    model = with_grids(model, grids, {name: jnp.asarray(array) for name, array in scales.items()})
+    placed = {name: variable for name, variable in variables(model).items() if name.endswith(".grid_scale")}
+
+    def put(name: str, variable: Any) -> Any:
+        value = variable.get_value()
+        return jax.device_put(value, shardings(name, variable)) if name in placed else value
+
+    return map_arrays(put, model) if placed else model
 
 
 def grids_found(
     tensors: Mapping[str, Any], cfg: ModelConfig, where: str, *, as_stored: bool = False
-) -> dict[str, BlockGrid]:
-    """The grid of each parameter all of whose tensors lie on it; to be asked after their blocks were read.
+) -> tuple[dict[str, BlockGrid], set[str]]:
+    """The grid of each parameter all of whose tensors lie on it, and those of them whose scales the grid's rule does not find.
 
-    Packed tensors that lie on none, or not together, are counted in a log: they are float from here on. `as_stored`: also the
-    grids whose codes a tensor has but whose rule for scales would not find them again; right for writing the codes elsewhere.
+    To be asked after the tensors' blocks were read. Coded tensors on no grid of ours are counted in a log: they are float from here
+    on. `as_stored`: the grid whose codes a tensor has, without asking whether its scales can be kept; right for writing the codes
+    elsewhere.
     """
     table = names.table(cfg)
-    fits: dict[str, tuple[BlockGrid, ...]] = {}
+    groups: dict[str, list[Any]] = {}
     for name, tensor in tensors.items():
-        parameter = table[name].parameter
-        mine = getattr(tensor, "fits", ())
-        if not mine and as_stored and getattr(tensor, "grid", None) is not None:
-            mine = (tensor.grid,)
-        before = fits.get(parameter, mine)
-        fits[parameter] = tuple(grid for grid in before if grid in mine)
-    found = {parameter: grids[0] for parameter, grids in fits.items() if grids}
+        groups.setdefault(table[name].parameter, []).append(tensor)
+    found: dict[str, BlockGrid] = {}
+    learned: set[str] = set()
+    for parameter, group in groups.items():
+        fits = [grid for grid in getattr(group[0], "fits", ()) if all(grid in getattr(t, "fits", ()) for t in group)]
+        if fits:
+            found[parameter] = fits[0]
+        elif all(is_coded(tensor) for tensor in group):
+            grid = group[0].grid
+            if (
+                grid is not None
+                and all(t.grid == grid for t in group)
+                and (as_stored or _keeps(parameter, group, grid, cfg))
+            ):
+                found[parameter] = grid
+                learned.add(parameter)
     coded = [name for name, tensor in tensors.items() if is_coded(tensor)]
     lost = [name for name in coded if table[name].parameter not in found]
     if lost:
         logger.warning(
-            "%s: %d of %d quantised tensors lie on no grid whose scales can be found again from their values (%s); they are "
-            "float weights from here on",
+            "%s: %d of %d quantised tensors lie on no grid of ours whose scales can be kept (%s); they are float weights from here on",
             *(where, len(lost), len(coded), listed(lost)),
         )
-    return found
+    return found, learned
 
 
-def is_coded(tensor: Any) -> bool:
-    """Whether a tensor is stored as codes."""
-    return isinstance(tensor, CodedRows) or getattr(tensor, "coded", False)
+def _keeps(parameter: str, group: list[Any], grid: BlockGrid, cfg: ModelConfig) -> bool:
+    """Whether the grid, given the file's scales, gives the file's values; tables cannot be given scales."""
+    if all(entry.inputs is None for entry in names.table(cfg).values() if entry.parameter == parameter):
+        return False
+    for tensor in group:
+        for _, encoded in tensor.coded_blocks():
+            given = encoded.scales.astype(np.float32)
+            if not np.array_equal(encode(grid, encoded.values, given).values, encoded.values):
+                return False
+    return True
+
+
+def _own_scales(parameter: str, tensors: Mapping[str, Any], cfg: ModelConfig, shape: tuple[int, ...]) -> np.ndarray:
+    """The scales of all tensors of a parameter in our layout, float32 [*stack, blocks, outputs]."""
+    out: np.ndarray | None = None
+    for name, entry in names.table(cfg).items():
+        if entry.parameter != parameter:
+            continue
+        rows = np.concatenate([encoded.scales.astype(np.float32) for _, encoded in tensors[name].coded_blocks()])
+        own = np.swapaxes(rows, -1, -2)
+        if out is None:
+            out = np.empty((*shape[: len(entry.index)], *own.shape), np.float32)
+        out[entry.index] = own
+    assert out is not None
+    return out

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from gemma4_jax.model.embed import Embedding
 from gemma4_jax.model.linear import Linear, Weight
 from gemma4_jax.model.parameters import arrays, modules
 from gemma4_jax.model.transformer import Transformer, abstract
+from gemma4_jax.quant.activations import SCALES
 from gemma4_jax.quant.grids import BlockGrid
 from gemma4_jax.quant.policy import quantisable
 
@@ -54,13 +55,27 @@ class Rows(Protocol):
         ...
 
 
-@runtime_checkable
 class CodedRows(Rows, Protocol):
-    """A tensor that is stored as codes."""
+    """A tensor that is stored as codes, where `coded` says so."""
+
+    fits: tuple[BlockGrid, ...]
+    checked: bool
+
+    @property
+    def coded(self) -> bool: ...
+    @property
+    def grid(self) -> BlockGrid | None:
+        """The grid whose codes they are, whatever rule found their scales."""
+        ...
 
     def coded_blocks(self) -> Iterator[tuple[slice, Encoded]]:
         """(rows, codes and scales as the file has them)."""
         ...
+
+
+def is_coded(tensor: Any) -> bool:
+    """Whether a tensor is a `CodedRows` that has codes."""
+    return getattr(tensor, "coded", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +83,8 @@ class Source:
     """What an export needs to know about a checkpoint.
 
     tensors: by name without prefix, exactly those of `names.table(cfg)`. trained: parameter (`own.full.mlp.up.w`) -> the grid
-    that its forward pass rounds to. grids: those it is to be written on, the same unless a policy says otherwise. origin: where
+    that its forward pass rounds to; scales: learned ones of these grids and static ones of activations, arrays by our dotted names
+    (`own.full.mlp.up.grid_scale`). grids: those it is to be written on, the same unless a policy says otherwise. origin: where
     it came from, for people. files: all that was read, for the digest.
     """
 
@@ -78,6 +94,7 @@ class Source:
     origin: str
     files: tuple[Path, ...] = ()
     trained: Mapping[str, BlockGrid] = dataclasses.field(default_factory=dict)
+    scales: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def grid(self, name: str) -> BlockGrid | None:
         """The grid of a tensor."""
@@ -86,6 +103,23 @@ class Source:
     def entry(self, name: str) -> Entry:
         """Where a tensor lies in our model."""
         return names.table(self.cfg)[name]
+
+    def learned_scales(self, name: str) -> np.ndarray | None:
+        """float32 [..., rows, blocks] of a tensor whose grid's scales were learned; None: the grid's rule finds them."""
+        entry = self.entry(name)
+        held = self.scales.get(f"{entry.parameter.removesuffix('.w')}.grid_scale")
+        if held is None:
+            return None
+        return np.ascontiguousarray(np.swapaxes(_read(held, entry.index), -1, -2), np.float32)
+
+    def activation_scales(self) -> dict[str, tuple[str, np.ndarray]]:
+        """What static activations and the cache are rounded by: our name of the scale -> (name of its kind, float32 [*stack])."""
+        found = {}
+        for name, held in self.scales.items():
+            kind = name.rsplit(".", 1)[-1]
+            if kind in SCALES:
+                found[name] = (kind, np.asarray(_read(held, (...,)), np.float32))
+        return found
 
     def kind(self, name: str) -> "Kind":
         """What a tensor is in Hugging Face's model."""
@@ -155,8 +189,13 @@ def of_model(model: Transformer, origin: str = "a model in memory") -> Source:
     """A model whose arrays are in memory."""
     held = arrays(model)
     tensors = {name: ArrayRows(name, held[entry.parameter], entry) for name, entry in names.table(model.cfg).items()}
-    grids = grids_of(model)
-    return Source(model.cfg, tensors, grids, origin, trained=grids)
+    grids, table = grids_of(model), names.table(model.cfg)
+    known = {entry.parameter for entry in table.values()}
+    return Source(
+        *(model.cfg, tensors, grids, origin),
+        trained=grids,
+        scales={name: array for name, array in held.items() if name not in known},
+    )
 
 
 def of_path(path: str | os.PathLike[str], *, text_only: bool = False, step: Which = "latest") -> Source:
@@ -173,24 +212,32 @@ def of_path(path: str | os.PathLike[str], *, text_only: bool = False, step: Whic
 def of_store(directory: Any, cfg: ModelConfig, saved: Mapping[str, str], grids: Mapping[str, BlockGrid]) -> Source:
     """An Orbax step: `saved` maps our parameters' names to the names of the stored arrays."""
     opened = {parameter: _open(directory, stored) for parameter, stored in saved.items()}
+    known = {entry.parameter for entry in names.table(cfg).values()}
+    scales = {name: array for name, array in opened.items() if name not in known}
     tensors = {name: ArrayRows(name, opened[entry.parameter], entry) for name, entry in names.table(cfg).items()}
     root = os.fspath(directory)
     files = () if "://" in root else tuple(sorted(path for path in (Path(root) / "state").rglob("*") if path.is_file()))
-    return Source(cfg, tensors, grids, root, files, trained=grids)
+    return Source(cfg, tensors, grids, root, files, trained=grids, scales=scales)
 
 
 def grids_of(model: Any) -> dict[str, BlockGrid]:
     """Parameter -> its grid, for the weights that have one."""
-    return {f"{path}.w": module.grid for path, module in quantisable(model) if module.grid is not None}
+    grids = {f"{path}.w": module.grid for path, module in quantisable(model) if module.grid is not None}
+    return {parameter: dataclasses.replace(grid, clipped=False) for parameter, grid in grids.items()}
 
 
-def with_grids(model: Transformer, grids: Mapping[str, BlockGrid]) -> Transformer:
-    """The same arrays in new modules, with exactly these grids."""
+def with_grids(
+    model: Transformer, grids: Mapping[str, BlockGrid], learned: Mapping[str, jax.Array] | None = None
+) -> Transformer:
+    """The same arrays in new modules, with exactly these grids; the scales in `learned` (float32, our layout) are parameters."""
     new = jax.tree.map(lambda leaf: leaf, model)
     unknown = set(grids)
     for path, module in quantisable(new):
-        module.grid = grids.get(f"{path}.w")
+        module.grid, module.grid_scale = grids.get(f"{path}.w"), None
         unknown.discard(f"{path}.w")
+        if learned and f"{path}.w" in learned:
+            module.learn_scales()
+            module.grid_scale = module.grid_scale.replace(learned[f"{path}.w"])
     if unknown:
         raise ValueError(f"no such weights: {sorted(unknown)}")
     return new
