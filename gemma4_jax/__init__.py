@@ -12,7 +12,9 @@ if TYPE_CHECKING:  # the same table again, for editors and type checkers
     from gemma4_jax.checkpoint.load import load
     from gemma4_jax.config import ModelConfig
     from gemma4_jax.errors import UserError
+    from gemma4_jax.infer.agent import run_agent
     from gemma4_jax.infer.generate import Completion, Sampler
+    from gemma4_jax.infer.tools import tool_of
     from gemma4_jax.model.transformer import init
     from gemma4_jax.processor import Processor
 
@@ -25,9 +27,23 @@ _HOME = {
     "Processor": "processor",
     "Sampler": "infer.generate",
     "Completion": "infer.generate",
+    "run_agent": "infer.agent",
+    "tool_of": "infer.tools",
     "UserError": "errors",
 }
-__all__ = ["Completion", "ModelConfig", "Processor", "Sampler", "UserError", "export", "init", "load", "save_hf"]
+__all__ = [
+    "Completion",
+    "ModelConfig",
+    "Processor",
+    "Sampler",
+    "UserError",
+    "export",
+    "init",
+    "load",
+    "run_agent",
+    "save_hf",
+    "tool_of",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,14 +1,15 @@
 """The Sampler: prompts in, completions out, whatever their number and lengths."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from gemma4_jax import chat_parse
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.cache import CacheConfig
 from gemma4_jax.infer.constraint import Constraint
 from gemma4_jax.infer.engine import Engine
+from gemma4_jax.infer.output_form import FormConfig, FormOptions, OutputForm
 from gemma4_jax.infer.prompts import EncodedPrompt, Prompt, encode_prompt
 from gemma4_jax.infer.request import Reason, Request, Running
 from gemma4_jax.infer.sampler import Rule
@@ -31,6 +32,7 @@ class SampleConfig:
     batch_size: int = option(8, "prompts answered side by side")
     max_length: int | None = option(None, "most tokens of a prompt and its answer; none: the model's context")
     cache: CacheConfig = option(factory=CacheConfig, help="how keys and values are kept")
+    form: FormConfig = option(factory=FormConfig, help="what answers look like")
 
     def __post_init__(self) -> None:
         Rule(self.temperature, self.top_k, self.top_p, self.min_p)
@@ -102,6 +104,15 @@ class Stream:
             if self.running.done:
                 return
             self._sampler.engine.step(soon=True)
+
+    def events(self) -> Iterator[chat_parse.Event]:
+        """Pieces of the thought and the answer, and whole tool calls, as they come. A stop text is not left out."""
+        if self._sampler.processor is None:
+            raise UserError("events need a processor, which this Sampler was made without; take tokens().")
+        parser = self._sampler.processor.stream_parser()
+        for token in self.tokens():
+            yield from parser.feed([token])
+        yield from parser.finish()
 
     def cancel(self) -> None:
         """Writes no more; the slot is free for another request."""
@@ -195,6 +206,7 @@ class Sampler:
         constraints: Sequence[Constraint | None] | None = None,
         on_error: Literal["raise", "keep"] = "raise",
         progress: Callable[[int, int], None] | None = None,
+        **form: Unpack[FormOptions],
     ) -> list[Completion]:
         """One completion per prompt, in their order.
 
@@ -207,10 +219,12 @@ class Sampler:
             seed: 0 to 2^32 - 1.
             stop: texts and token ids that end a completion; None: `stop_ids`; []: nothing does but max_new_tokens.
             enable_thinking: ask for a thought, in conversations.
-            constraints: one a prompt: what may be written.
+            constraints: one a prompt: what may be written; None: what `form` says.
             on_error: what a prompt does that is empty, too long, or cannot be encoded: raise before anything is read, or become
                 a completion with finish_reason "error" while the others are answered.
             progress: called with the number of finished prompts and of all, whenever some are finished.
+            form: of all answers: schema, regex or grammar, tool_choice, strict_tools, parallel_tool_calls, thinking_budget; see
+                `output_form.OutputForm`.
 
         Raises:
             UserError: a value without meaning, or (unless `on_error` keeps it) a prompt that cannot be answered; says which.
@@ -221,12 +235,14 @@ class Sampler:
         if constraints is not None and len(constraints) != len(prompts):
             raise UserError(f"constraints has one for each of the {len(prompts)} prompts, got {len(constraints)}.")
         _check(max_new_tokens, seed)
+        look = OutputForm(**form)
         done: dict[int, Completion] = {}
         asked: dict[int, tuple[Request, bool]] = {}
         for index, prompt in enumerate(prompts):
             constraint = None if constraints is None else constraints[index]
             try:
                 one = encode_prompt(prompt, self.processor, self._cfg.vocab_size, enable_thinking)
+                constraint = constraint or self._constraint(look, prompt, one.chat and enable_thinking, stops)
                 request = self._request(one, max_new_tokens, rule, seed, index, stops, constraint, streamed=False)
             except UserError as error:
                 if on_error == "raise":
@@ -264,6 +280,7 @@ class Sampler:
         stop: Sequence[str | int] | None = None,
         enable_thinking: bool = False,
         constraint: Constraint | None = None,
+        **form: Unpack[FormOptions],
     ) -> Stream:
         """One answer as it is written; several streams share the slots. Arguments as those of `generate`.
 
@@ -272,6 +289,7 @@ class Sampler:
         rule, stops = Rule(temperature, top_k, top_p, min_p), self._stops(stop)
         _check(max_new_tokens, seed)
         one = encode_prompt(prompt, self.processor, self._cfg.vocab_size, enable_thinking)
+        constraint = constraint or self._constraint(OutputForm(**form), prompt, one.chat and enable_thinking, stops)
         streamed = self.processor is not None
         request = self._request(one, max_new_tokens, rule, seed, stream, stops, constraint, streamed=streamed)
         return Stream(self, self.engine.submit(request), one.chat)
@@ -292,6 +310,15 @@ class Sampler:
         request = Request(prompt.tokens, max_new_tokens, rule, seed, stream, stops.ids, stops.texts, decode, constraint)
         request.check(self._cfg.vocab_size, self.max_length)
         return request
+
+    def _constraint(self, form: OutputForm, prompt: Prompt, thinking: bool, stops: Stops) -> Constraint | None:
+        """What holds an answer to `prompt` to a form; None for a free one."""
+        if form == OutputForm():
+            return None
+        if self.processor is None:
+            raise UserError("the form of an answer needs a processor, which this Sampler was made without.")
+        tools = prompt.get("tools") if isinstance(prompt, Mapping) else None
+        return form.constraint(self.processor.tokenizer, stops.ids, tools=tools, thinking=thinking)
 
     def _stops(self, stop: Sequence[str | int] | None) -> Stops:
         if stop is None:

@@ -67,6 +67,7 @@ def answer(
         stop=[*sampler.stop_ids, *config.stop],
         enable_thinking=config.enable_thinking,
         progress=progress,
+        **config.form.options(),
     )
 
 
