@@ -41,8 +41,8 @@ def expanded(
     if found != [part["type"] for _, part in parts]:
         given = _counted(part["type"] for _, part in parts)
         text = (
-            f"The conversation has {len(found)} placeholders ({_counted(found)}) for {len(parts)} media ({given}); text may not hold "
-            "<|image|>, <|audio|> or <|video|>."
+            f"The conversation has {len(found)} placeholders ({_counted(found)}) for {len(parts)} media ({given}); "
+            "text may not hold <|image|>, <|audio|> or <|video|>."
         )
         raise ChatError("placeholders without media", text)
     rest, pieces, out = iter(parts), [], []

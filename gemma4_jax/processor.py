@@ -152,11 +152,8 @@ class Processor:
     def _placed(self, tokens: np.ndarray, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         """The pieces where their soft tokens stand, which are runs of placeholders in the same order."""
         special = self.tokenizer.special
-        here = (
-            np.flatnonzero(np.isin(tokens, [special.image, special.audio, special.video]))
-            if pieces
-            else np.zeros(0, int)
-        )
+        known = [index for index in (special.image, special.audio, special.video) if index is not None]
+        here = np.flatnonzero(np.isin(tokens, known))
         placed, at = [], 0
         for piece in pieces:
             run = tokens[here[at : at + piece.count]]

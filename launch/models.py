@@ -19,7 +19,8 @@ from launch.settings import ModelSection
 def model_config(section: ModelSection) -> ModelConfig:
     """What the model will be, before any weight is read or drawn."""
     if section.path is not None:
-        return load_config(section.path)
+        cfg = load_config(section.path)
+        return cfg.text_only() if section.text_only else cfg
     assert section.variant is not None
     return ModelConfig.variant(section.variant, **section.overrides)
 

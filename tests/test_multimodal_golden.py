@@ -17,7 +17,9 @@ from media_golden import golden, pieces_of, recipes
 from gemma4_jax.checkpoint.names import MULTIMODAL_PREFIX, in_file, table
 from gemma4_jax.media.batch import batch_media
 from gemma4_jax.media.pieces import shifted, uncut
-from gemma4_jax.model.decode import unroll
+from gemma4_jax.model.decode import fill_block, unroll
+from gemma4_jax.model.kv import Chunk, begin_rows, empty_cache, extend_rows
+from gemma4_jax.model.layouts import CacheFormat
 from gemma4_jax.model.multimodal import Media, SoftTokens
 from gemma4_jax.model.parameters import arrays, is_trainable, variables
 from gemma4_jax.model.transformer import Transformer
@@ -187,3 +189,61 @@ def test_towers_that_are_not_there():
     media = media_of("media_e2b", "sounds")
     with pytest.raises(Exception, match="no audio tower, so it takes no sounds"):
         text.soft_tokens(media)
+
+
+@pytest.mark.parametrize(("fixture", "cuts"), [("media_31b", (12, 31)), ("media_e2b", (9, 40))])
+def test_a_prompt_read_in_chunks_equals_one_read_at_once(fixture, cuts):
+    """Chunks end before a picture they would split; each sees what the ring still holds and the picture whole."""
+    g, batch = golden(fixture), batch_of(fixture, "images")
+    pieces, length = tuple(pieces_of(fixture, "images")[0]), int((batch["positions"][0] >= 0).sum())
+    inside = [uncut(pieces, pieces[1].start + by) for by in cuts]  # both fall back to the start of the second picture
+    assert set(inside) == {pieces[1].start}
+    edges = [0, uncut(pieces, pieces[0].start + 1), inside[0], uncut(pieces, length - 3), length]
+    cfg, decoder = g.model.cfg, unroll(g.model)
+    whole = jax.tree.map(jnp.asarray, batch_media([pieces], length, cfg.vision))
+    soft = quick.jit(lambda m, media: m.soft_tokens(media))(g.model, whole)
+    cache, cache_format = empty_cache(cfg, 1, 256, "float32"), CacheFormat()
+    stored, positions, own = list(cache.layers), cache.positions, len(cache.layers)
+    hidden = []
+    for start, stop in itertools.pairwise(edges):
+        here = SoftTokens(
+            soft.values, soft.soft_index[:, start:stop], soft.block_ids[:, start:stop], soft.longest_image
+        )
+        tokens = jnp.asarray(batch["tokens"][:1, start:stop])
+        numbers = (np.array([x], np.int32) for x in (0, start, stop - start))
+        chunk = Chunk(tokens, *numbers, np.array([start == 0]))
+        before = begin_rows(positions, chunk)
+
+        @quick.jit
+        def run(decoder, stored, tokens, before, chunk, here):
+            h, per_layer = decoder.embed_tokens(tokens, decoder.per_layer, here)
+            return fill_block(decoder.layers[:own], stored, h, per_layer, before, chunk, cfg, cache_format, here)
+
+        h, stored = run(decoder, tuple(stored), tokens, before, chunk, here)
+        after = extend_rows(before, chunk)
+        positions = {kind: positions[kind].at[chunk.rows].set(after[kind]) for kind in positions}
+        hidden.append(np.asarray(h)[0])
+    found = np.concatenate(hidden)
+    if cfg.num_kv_shared_layers:  # the layers that share keys come later: compare what goes into them
+        wanted = wanted_before_sharing(fixture, batch, length)
+    else:
+        wanted, found = (
+            result(fixture, "images").logits[0, :length],
+            np.asarray(g.model.logits(g.model.final_norm(found))),
+        )
+    np.testing.assert_allclose(found, wanted, atol=2e-3)
+
+
+def wanted_before_sharing(fixture: str, batch: dict[str, np.ndarray], length: int) -> np.ndarray:
+    """The residual stream after the layers that own keys and values, of row 0 at once."""
+    model = golden(fixture).model
+
+    @quick.jit
+    def run(model, media):
+        positions = jnp.asarray(batch["positions"])
+        soft = model.soft_tokens(media)
+        h, per_layer = model.embed_tokens(jnp.asarray(batch["tokens"]), model.per_layer, soft)
+        first = per_layer[: model.own.plan.layers]
+        return model.own(h, first, model.places(positions, None, soft), None, remat="none")[0]
+
+    return np.asarray(run(model, media_of(fixture, "images")))[0, :length]

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gemma4_jax.config import KINDS, LayerKind, ModelConfig
+from gemma4_jax.config import LayerKind, ModelConfig
 from gemma4_jax.kernels.cached import Codes
-from gemma4_jax.model.attention import Places
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
 from gemma4_jax.model.kv import (
     KV,
@@ -29,9 +28,9 @@ from gemma4_jax.model.kv import (
 )
 from gemma4_jax.model.layer import Layer
 from gemma4_jax.model.layouts import CacheFormat, View, decoded, encoded
+from gemma4_jax.model.multimodal import SoftTokens
 from gemma4_jax.model.norm import RMSNorm
-from gemma4_jax.model.rope import rotation
-from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.model.transformer import Transformer, places_of
 
 Stored = dict[str, Codes]
 PLAIN = CacheFormat()
@@ -111,6 +110,7 @@ def fill_block(
     chunk: Chunk,
     cfg: ModelConfig,
     cache_format: CacheFormat,
+    soft: SoftTokens | None = None,
 ) -> tuple[jax.Array, tuple[Stored, ...]]:
     """A chunk through neighbouring layers that own keys and values: the residual stream, and what they store now.
 
@@ -124,9 +124,10 @@ def fill_block(
       before: positions in the chunk's rows before the chunk (`begin_rows`).
       chunk: what is read.
       cfg, cache_format: of the model and the cache.
+      soft: of the chunk's tokens, where it has media; pictures are whole in it (`media.pieces.uncut`).
     """
     positions = chunk.positions
-    places = _places(cfg, positions)
+    places = places_of(cfg, positions, soft=soft)
     after = extend_rows(before, chunk)
     written: list[Stored] = []
     for index, layer in enumerate(layers):
@@ -164,20 +165,13 @@ def last_through(
 
     They store nothing, so no other token of a prompt has to pass them: of E2B's prefill more than half.
     """
-    places = _places(cfg, position_P[:, None])
+    places = places_of(cfg, position_P[:, None])
     h = h_PD[:, None]
     for index, layer in enumerate(layers):
         kind = layer.attention.kind
         source = view_of(layer, cfg, cache_format, sources[kind], after[kind], _inside(rows, sources[kind]))
         h, _, _ = layer(h, None if per_layer_LPp is None else per_layer_LPp[index][:, None], places, source)
     return h[:, 0]
-
-
-def _places(cfg: ModelConfig, positions: jax.Array) -> Places:
-    turn: dict[LayerKind, tuple[jax.Array, jax.Array]] = {
-        kind: rotation(positions, cfg.head_size(kind), cfg.rope(kind)) for kind in KINDS
-    }
-    return Places(positions, None, turn)
 
 
 def _inside(rows: jax.Array, stored: Stored) -> jax.Array:

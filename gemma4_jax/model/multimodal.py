@@ -95,6 +95,11 @@ def soft_frames(frames: int) -> int:
     return ((frames + 1) // 2 + 1) // 2
 
 
+def text_ids(tokens_BT: jax.Array, soft: SoftTokens, pad: int) -> jax.Array:
+    """Token ids with the padding's where soft tokens stand: whose rows the tables are read at, not the placeholders'."""
+    return jnp.where(soft.soft_index >= 0, jnp.int32(pad), tokens_BT)
+
+
 def merge(embedded_BTD: jax.Array, soft: SoftTokens) -> jax.Array:
     """Embeddings with the soft tokens in their places, in the dtype of the embeddings.
 

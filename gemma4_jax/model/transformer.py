@@ -16,7 +16,7 @@ from gemma4_jax.model.gathering import gathered
 from gemma4_jax.model.kv import Cache, empty_cache, slot_of, write, write_positions
 from gemma4_jax.model.layouts import CacheFormat, blank, encoded
 from gemma4_jax.model.moe import ExpertLoad
-from gemma4_jax.model.multimodal import Media, Projector, SoftTokens, last_seen, merge
+from gemma4_jax.model.multimodal import Media, Projector, SoftTokens, last_seen, merge, text_ids
 from gemma4_jax.model.norm import RMSNorm
 from gemma4_jax.model.parameters import map_arrays
 from gemma4_jax.model.rope import Rotation, rotation
@@ -28,6 +28,21 @@ from gemma4_jax.sharding import constrain, current_mesh, parameter_shardings
 def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
     """cap * tanh(logits / cap); the logits themselves without a cap."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def places_of(
+    cfg: ModelConfig,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array | None = None,
+    soft: SoftTokens | None = None,
+) -> Places:
+    """Positions, segments, the rotation of each layer kind, and how far the tokens of images see."""
+    turn: dict[LayerKind, Rotation] = {
+        kind: rotation(positions_BT, cfg.head_size(kind), cfg.rope(kind)) for kind in KINDS
+    }
+    if soft is None or not soft.longest_image or not cfg.sees_ahead:
+        return Places(positions_BT, segment_ids_BT, turn)
+    return Places(positions_BT, segment_ids_BT, turn, last_seen(soft.block_ids, positions_BT), soft.longest_image)
 
 
 class Transformer(nnx.Module):
@@ -73,12 +88,7 @@ class Transformer(nnx.Module):
         self, positions_BT: jax.Array, segment_ids_BT: jax.Array | None = None, soft: SoftTokens | None = None
     ) -> Places:
         """Positions, segments, the rotation of each layer kind, and how far the tokens of images see."""
-        turn: dict[LayerKind, Rotation] = {
-            kind: rotation(positions_BT, self.cfg.head_size(kind), self.cfg.rope(kind)) for kind in KINDS
-        }
-        if soft is None or not soft.longest_image or not self.cfg.sees_ahead:
-            return Places(positions_BT, segment_ids_BT, turn)
-        return Places(positions_BT, segment_ids_BT, turn, last_seen(soft.block_ids, positions_BT), soft.longest_image)
+        return places_of(self.cfg, positions_BT, segment_ids_BT, soft)
 
     def soft_tokens(self, media: Media, *, remat: str = "none") -> SoftTokens:
         """What the towers make of media, projected to the text's width: [M, D] in the compute dtype.
@@ -113,7 +123,7 @@ class Transformer(nnx.Module):
         Where soft tokens stand, the per-layer inputs read the padding's row of their table, and the soft token itself.
         """
         if soft is not None:
-            tokens_BT = jnp.where(soft.soft_index >= 0, jnp.int32(self.cfg.pad_token_id), tokens_BT)
+            tokens_BT = text_ids(tokens_BT, soft, self.cfg.pad_token_id)
         h = constrain(self.embed.lookup(tokens_BT, self.compute_dtype), "batch", "length", None)
         if soft is not None:
             h = constrain(merge(h, soft), "batch", "length", None)
