@@ -34,6 +34,7 @@ from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
 from gemma4_jax.train.throughput import flops_per_token, peak_flops
 from launch.models import check_agreement, make_model, make_processor, model_config
+from launch.preflight import preflight
 from launch.processes import devices, on, voice
 from launch.settings import QatRun, TrainRun
 
@@ -49,6 +50,7 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     mesh = _mesh(run, cfg)
     if mesh is not None:
         write(f"mesh {shape_of(mesh)}: {mesh.size} devices, {jax.process_count()} processes")
+    preflight(run, cfg, mesh)
     with on(mesh):
         return _train(run, cfg, mesh, started, write)
 
