@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from gemma4_jax.kernels.vocabulary import narrowed
 from gemma4_jax.model.linear import Weight, holding, multiplies_in
 from gemma4_jax.model.parameters import map_arrays
 from gemma4_jax.sharding import current_mesh, gather, rest, use_spec
@@ -55,7 +56,8 @@ def in_use(model: N) -> N:
 def _weight(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
     dims = own_dims(weight.w)
     if weight.grid is None:
-        return gather(weight.w.get_value().astype(dtype), dims)
+        # A plain cast moves out of the loop: XLA then holds every layer's weights twice, on v5p in tiles of which 1/32 is used.
+        return gather(narrowed(weight.w.get_value(), dtype), dims)
     # Blocks of a grid run along the inputs, so those are whole while the weight is rounded.
     ends = len(dims) - weight.n_out
     whole = dims[ends - weight.n_in : ends]
