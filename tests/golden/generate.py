@@ -4,7 +4,7 @@
     python tests/golden/generate.py --check    # weights and configs exactly, numbers within the stated tolerances
     python tests/golden/generate.py tiny_e2b   # one fixture only
 
-Needs the `parity` extra. Exit status 1 when `--check` finds a difference; each is one line that says where and how big.
+Needs the extras `parity` and `media`. Exit status 1 when `--check` finds a difference; each is one line that says where and how big.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import transformers
 from checkpoints import read_tensors, write_checkpoint
 from expected import TOLERANCES, compute
 from full_size import config_files, shapes_json
-from structures import TINY
+from media import TOLERANCES as MEDIA_TOLERANCES
+from media import compute_media, preprocessing
+from structures import MEDIA, TINY
 
 HERE = Path(__file__).parent
 
@@ -35,6 +37,15 @@ def write_tiny(name: str, directory: Path) -> None:
     (directory / "expected.json").write_text(json.dumps(scalars, indent=1) + "\n")
     size = sum(path.stat().st_size for path in directory.iterdir())
     print(f"{name}: {size / 1e6:.2f} MB, noise floor {scalars['noise_floor']}")
+
+
+def write_media(name: str, directory: Path) -> None:
+    """Writes one multimodal fixture: checkpoint, expected.npz, expected.json."""
+    write_checkpoint(MEDIA[name], directory)
+    arrays, scalars = compute_media(name, MEDIA[name], directory)
+    np.savez_compressed(directory / "expected.npz", allow_pickle=False, **arrays)
+    (directory / "expected.json").write_text(json.dumps(scalars, indent=1) + "\n")
+    print(f"{name}: {sum(path.stat().st_size for path in directory.iterdir()) / 1e6:.2f} MB")
 
 
 def write_full_size() -> None:
@@ -72,6 +83,47 @@ def compare_array(key: str, old: np.ndarray, new: np.ndarray) -> str | None:
     if error.max() > TOLERANCES["logits_max"][0] or error.mean() > TOLERANCES["logits_mean"][0]:
         return f"difference {error.max():.1e} max, {error.mean():.1e} mean"
     return None
+
+
+def check_media(name: str) -> list[str]:
+    """Returns every difference between the committed multimodal fixture and one made now."""
+    committed = HERE / name
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch)
+        write_checkpoint(MEDIA[name], fresh)
+        lines = compare_checkpoints(name, committed, fresh)
+        arrays, scalars = compute_media(name, MEDIA[name], fresh)
+    with np.load(committed / "expected.npz") as stored:
+        old = dict(stored)
+    lines += [f"{name}: array {key} is on one side only" for key in old.keys() ^ arrays.keys()]
+    for key in sorted(old.keys() & arrays.keys()):
+        if reason := compare_media_array(key, old[key], arrays[key]):
+            lines.append(f"{name}: {key}: {reason}")
+    facts = json.loads((committed / "expected.json").read_text())
+    for case, new in scalars["cases"].items():
+        if abs(new["loss"] / facts["cases"][case]["loss"] - 1.0) > MEDIA_TOLERANCES["loss_relative"][0]:
+            lines.append(f"{name}: {case}: loss {new['loss']!r}, committed {facts['cases'][case]['loss']!r}")
+    return lines
+
+
+def compare_media_array(key: str, old: np.ndarray, new: np.ndarray) -> str | None:
+    """Returns why two arrays of a multimodal expected.npz differ by more than the tolerances allow, or None."""
+    if old.shape != new.shape or old.dtype != new.dtype:
+        return f"shape or dtype {new.shape} {new.dtype}, committed {old.shape} {old.dtype}"
+    if old.dtype.kind == "i":
+        return None if np.array_equal(old, new) else f"{(old != new).sum()} of {old.size} integers differ"
+    if "/gradient/" in key:
+        error = float(np.linalg.norm(old - new) / np.linalg.norm(old))
+        return None if error <= MEDIA_TOLERANCES["gradient_relative"][0] else f"relative difference {error:.1e}"
+    kind = "logits_max" if key.endswith("/logits") else "mel_max" if key.startswith("mel/") else "features_max"
+    error = float(np.abs(old - new).max())
+    return None if error <= MEDIA_TOLERANCES[kind][0] else f"difference {error:.1e}"
+
+
+def check_preprocessing() -> list[str]:
+    """Returns a line if the pixels that transformers makes now are not those committed."""
+    stored = json.loads((HERE / "preprocessing.json").read_text())
+    return [] if stored["pictures"] == preprocessing()["pictures"] else ["preprocessing.json differs"]
 
 
 def compare_scalars(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -125,22 +177,25 @@ def main() -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare instead of write")
-    parser.add_argument("only", nargs="*", metavar="FIXTURE", help=f"any of {', '.join(TINY)}; default: everything")
+    parser.add_argument(
+        "only", nargs="*", metavar="FIXTURE", help=f"any of {', '.join([*TINY, *MEDIA])}; default: everything"
+    )
     arguments = parser.parse_args()
-    if unknown := set(arguments.only) - set(TINY):
-        parser.error(f"unknown fixture {', '.join(sorted(unknown))}; there are {', '.join(TINY)}.")
+    if unknown := set(arguments.only) - set(TINY) - set(MEDIA):
+        parser.error(f"unknown fixture {', '.join(sorted(unknown))}; there are {', '.join([*TINY, *MEDIA])}.")
     torch.set_num_threads(1)  # the same summation order on every machine, and faster for matrices this small
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    names = arguments.only or list(TINY)
+    names = arguments.only or [*TINY, *MEDIA]
     if not arguments.check:
         for name in names:
-            write_tiny(name, HERE / name)
+            (write_tiny if name in TINY else write_media)(name, HERE / name)
         if not arguments.only:
             write_full_size()
+            (HERE / "preprocessing.json").write_text(json.dumps(preprocessing(), indent=1) + "\n")
         return 0
-    lines = [line for name in names for line in check_tiny(name)]
-    lines += [] if arguments.only else check_full_size()
+    lines = [line for name in names for line in (check_tiny if name in TINY else check_media)(name)]
+    lines += [] if arguments.only else check_full_size() + check_preprocessing()
     print("\n".join(lines) if lines else f"{', '.join(names)}: the committed fixtures equal a fresh computation.")
     return 1 if lines else 0
 
