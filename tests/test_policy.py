@@ -121,7 +121,7 @@ def test_unrolled_decoder_keeps_the_grids(quantised):
     decoder = unroll(quantised)
     grids = {module.role: module.grid.name for _, module in quantisable(decoder)}
     assert grids == {**MOBILE, "per_layer_embedding": "int4_b32"}
-    assert decoder.layers[0].mlp.gate.grid is INT4_CHANNEL
+    assert decoder.layers[0].mlp.gate.grid == INT4_CHANNEL
 
 
 MOBILE = {role: grid for role, grid in POLICIES["mobile"].grids.items() if role != "per_layer_embedding"}
