@@ -14,7 +14,7 @@ from gemma4_jax.chips import Topology, topology
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.kernels.cross_entropy import loss_chunks
-from gemma4_jax.kernels.expert_routes import block_rows
+from gemma4_jax.kernels.expert_routes import block_rows, largest_block
 from gemma4_jax.mesh_choice import decoding_axes, training_axes
 from gemma4_jax.model.transformer import abstract as abstract_parameters
 from gemma4_jax.plan import absent, checks, costs, hlo, report
@@ -135,7 +135,11 @@ def _tokens(job: Job) -> int:
 def _trips(job: Job, mesh: Mesh) -> dict[str, int]:
     """How often the loops run that end by data: every token trained, experts evenly loaded."""
     rows = job.tokens * job.cfg.top_k_experts
-    blocks = -(-rows // block_rows(rows, rows * job.devices("expert"))) if job.devices("expert") > 1 else 1
+    ranks, blocks = job.devices("expert"), 1
+    if ranks > 1:
+        parts = ranks if job.experts_route == "exchange" else 1
+        largest = largest_block(job.cfg.num_experts // ranks) // parts
+        blocks = -(-rows // (parts * block_rows(rows // parts, rows * ranks, largest)))
     with jax.set_mesh(mesh):
         return {"loss": loss_chunks((job.rows // job.grad_accum, job.length), job.cfg.vocab_size), "experts": blocks}
 

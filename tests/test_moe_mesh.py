@@ -105,7 +105,7 @@ def test_one_device_is_the_plain_sum(one_device):
 @pytest.mark.parametrize("name", MESHES)
 def test_mesh_gives_the_numbers_of_one_device(name, kind, one_device, monkeypatch):
     """Blocks of 5 rows: every device needs several, and how many differs from device to device."""
-    monkeypatch.setattr(expert_routes, "block_rows", lambda share, most: min(5, most))
+    monkeypatch.setattr(expert_routes, "block_rows", lambda share, most, largest: min(5, most))
     routes = watch_routes(monkeypatch)
     assert_same(run(kind, MESHES[name]), one_device[kind, B])
     assert routes == {name.split(",")[0]}

@@ -19,8 +19,13 @@ AXIS = "expert"
 ROOM = 1.25
 """Rows in a block per row of an even share. Loads are uneven, but that of a device, the sum of several experts', less so."""
 
-LARGEST_BLOCK = 8192
-"""Rows. A block of 26B-A4B with its inner activations and their gradients takes 30 kB a row: 0.25 GiB."""
+SMALLEST_LIMIT, ROWS_PER_EXPERT = 8192, 512
+"""A block has at most the first many rows, or the second for each expert of the device if that is more.
+
+A block of 26B-A4B with its inner activations and their gradients takes 30 kB a row: 8192 rows are 0.25 GiB. But each block
+reads all weights, and 512 rows do 512 FLOPs a byte with them, about what v6e can (560). With blocks of 8192 for 32 experts that
+was half of the step's HBM traffic.
+"""
 
 SMALLEST_BLOCK = 1024
 """Rows; if the worst case is no more than this, there is one block and no loop."""
@@ -186,7 +191,7 @@ def _blocks(all_of: Gathered, ranks: int, matrices: Matrices) -> tuple[int, jax.
     """Rows per block and number of blocks."""
     k, experts = all_of.top_k, matrices.w_in.shape[0]
     most = all_of.x.shape[0] * min(k, experts)
-    rows = block_rows(all_of.slots.shape[0] // ranks, most)
+    rows = block_rows(all_of.slots.shape[0] // ranks, most, largest_block(experts))
     if rows == most:
         return rows, 1
     # At least one: the first block is what writes the zeros of a device without rows.
@@ -250,7 +255,7 @@ def exchange(tokens: Tokens, experts: int, ranks: int) -> Exchange:
     ends = jnp.cumsum(per_device, dtype=jnp.int32)
     sent = jax.lax.dynamic_slice_in_dim(_all_gather(counts[None]), here, experts, 1)
     most = count * min(k, experts)
-    rows = block_rows(count * k // ranks, most)
+    rows = block_rows(count * k // ranks, most, largest_block(experts) // ranks)
     # Every device takes part in every exchange, so all agree on their number; at least one, as it writes the zeros.
     rounds = 1 if rows == most else jnp.maximum(1, jax.lax.pmax(jnp.max(-(-per_device // rows)), AXES))
     return Exchange(order, places, ends - per_device, ends, sent, rows, rounds)
@@ -341,11 +346,16 @@ def _weighted_sum(rows_MkD: jax.Array, weights_Mk: jax.Array) -> jax.Array:
     return jnp.sum(rows_MkD * weights_Mk.astype(rows_MkD.dtype)[:, :, None], axis=1)
 
 
-def block_rows(even_share: int, most: int) -> int:
+def largest_block(experts: int) -> int:
+    """Most rows in a block of a device that holds so many experts."""
+    return max(SMALLEST_LIMIT, ROWS_PER_EXPERT * experts)
+
+
+def block_rows(even_share: int, most: int, largest: int) -> int:
     """Rows per block: an even share and some room, or an even part of that, in whole tiles of 128."""
     rows = int(even_share * ROOM)
-    parts = max(1, -(-rows // LARGEST_BLOCK))  # a token of decoding has less than one row for each device
-    return min(most, max(SMALLEST_BLOCK, -(-rows // (parts * 128)) * 128))
+    parts = max(1, -(-rows // largest))  # a token of decoding has less than one row for each device
+    return min(most, max(min(SMALLEST_BLOCK, largest), -(-rows // (parts * 128)) * 128))
 
 
 def _empty_like(x: jax.Array | jax.ShapeDtypeStruct, after: jax.Array) -> jax.Array:

@@ -9,16 +9,15 @@ of size X, tokens and experts meet in one of two ways, whichever sends fewer byt
               top_k (X - 1) / X rows per token each way, and a quarter more with the room for uneven routing.
 
 One layer of 26B-A4B forward and backward, bf16, 8,192 tokens per chip, compiled for v6e 4x4 (jax 0.10.2, libtpu 0.0.42); the GB
-are what a chip sends and receives for its tokens, in five collectives, the rest of them being under 4 MB (gather before its
-blocks were bounded by LARGEST_BLOCK, which takes about half a GiB off):
+are what a chip sends and receives for its tokens, in five collectives, the rest of them being under 4 MB (before blocks were
+bounded as `expert_routes.largest_block` has it, which takes about half a GiB off gather):
 
     expert 8 x fsdp 2: gather 1.6 GB, 3.34 GiB of temporaries; exchange 2.0 GB, 1.85 GiB
     expert 16:         gather 3.5 GB, 4.60 GiB;                exchange 2.2 GB, 1.44 GiB
 
 Nothing is dropped and nothing grows with the load: a device works through the rows of its experts in blocks of a fixed
-size, with room for a quarter more than an even share, in parts of at most 8,192 rows. With all
-experts on every device, the M * top_k rows are one static block, whose inner activations are kept for the
-derivative; the blocks of the other two ways are computed again.
+size, with room for a quarter more than an even share. With all experts on every device, the M * top_k rows are one static
+block, whose inner activations are kept for the derivative; the blocks of the other two ways are computed again.
 """
 
 import dataclasses

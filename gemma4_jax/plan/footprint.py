@@ -7,7 +7,7 @@ import dataclasses
 
 from gemma4_jax.config import LayerKind, Stack
 from gemma4_jax.kernels.cross_entropy import MESH_CHUNK, MESH_CHUNK_BYTES, default_chunk
-from gemma4_jax.kernels.expert_routes import LARGEST_BLOCK, ROOM
+from gemma4_jax.kernels.expert_routes import ROOM, largest_block
 from gemma4_jax.kernels.vocabulary import PART_BYTES
 from gemma4_jax.plan.job import BYTES, Job
 from gemma4_jax.plan.shares import cache_bytes, gathered_bytes, resting_bytes, tiled_bytes
@@ -149,7 +149,7 @@ def _experts(job: Job, c: Constants) -> float:
         return 0.0
     rows = job.tokens * cfg.top_k_experts * (ROOM if route != "whole" else 1.0)
     if route == "gather":
-        rows = min(rows, LARGEST_BLOCK)
+        rows = min(rows, largest_block(cfg.num_experts // job.devices("expert")))
     inner = cfg.moe_intermediate_size / job.devices("tensor")
     size = rows * (c.expert_rows * cfg.hidden_size + c.expert_ffw * inner) * job.compute_bytes
     if route == "gather":  # the tokens of all, and the sums made for them

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from gemma4_jax.model.attend import BALANCE_FROM
-from gemma4_jax.plan.hlo import HBM, Computation, Instruction, Shape
+from gemma4_jax.plan.hlo import HBM, Computation, Instruction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +117,13 @@ def splash(computation: Computation, call: Instruction, name: str) -> KernelCost
         visited = rows * columns / (2 if dealt_out else 1)
     fused = kind == "dkv" and sum(each.dims[-2:] == q.dims[-2:] for each in call.leaves) > 2  # dq, dk and dv together
     flops = 2.0 * (_MATMULS[kind] + fused) * heads * visited * block_q * block_kv * (k.dims[-1] + v.dims[-1]) / 2
-    again = (q, arrays[-1]) if kind == "dkv" else (k, v)
-    rows_read = block_q if kind == "dkv" else block_kv
-    repeated = sum(heads * visited * rows_read * _row_bytes(each) for each in again if each.space == HBM)
+    # Of queries, dkv also reads do and the two statistics of the softmax, which have a value or eight for each query and head.
+    again = [each for each in arrays if each.size % (heads * queries) == 0] if kind == "dkv" else [k, v]
+    again = [each for each in again if kind != "dkv" or (each is not k and each is not v)]
+    rows_read, tokens = (block_q, heads * queries) if kind == "dkv" else (block_kv, math.prod(k.dims[:-1]))
+    repeated = sum(heads * visited * rows_read * each.bytes / tokens for each in again if each.space == HBM)
     once = sum(each.bytes for each in [*shapes, *call.leaves] if each.space == HBM and each not in again)
     return KernelCost(flops, once + repeated)
-
-
-def _row_bytes(shape: Shape) -> float:
-    return shape.dims[-1] * shape.bits / 8
 
 
 def _metadata(call: Instruction, key: str) -> int:
