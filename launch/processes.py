@@ -14,10 +14,19 @@ from launch.settings import ProcessesSection
 def join(section: ProcessesSection) -> int:
     """Connects this process with the others of the run, before anything touches a device; returns its index."""
     try:
-        jax.distributed.initialize(section.coordinator, section.count, section.index)
+        jax.distributed.initialize(
+            section.coordinator,
+            section.count,
+            section.index,
+            initialization_timeout=section.meet_seconds,
+            heartbeat_timeout_seconds=section.heartbeat_seconds,
+        )
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"The processes of this run did not meet: {first}. Look at config.processes.") from error
+        raise UserError(
+            f"The processes of this run did not meet: {first}. Each needs the same coordinator and count, its own index, and "
+            f"to start within processes.meet_seconds={section.meet_seconds} of the others."
+        ) from error
     return jax.process_index()
 
 

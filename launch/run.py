@@ -115,7 +115,7 @@ def _module(path: Path) -> Any:
 
 def _join(run: settings.TrainRun) -> int:
     """Meets the other processes of the run, if there are any; which one this is."""
-    if run.processes == settings.ProcessesSection():
+    if not run.processes.auto and run.processes.coordinator is None:
         return 0
     from launch.processes import join
 

@@ -79,6 +79,10 @@ class ProcessesSection:
     coordinator: str | None = option(None, "HOST:PORT of process 0, where nobody finds them", may_change=True)
     count: int | None = option(None, "how many, with coordinator", may_change=True)
     index: int | None = option(None, "which one this is, 0 to count - 1, with coordinator", may_change=True)
+    meet_seconds: int = option(300, "how long they wait for each other at the start", may_change=True)
+    heartbeat_seconds: int = option(
+        100, "a process not heard of for so long is dead, and ends the others", may_change=True
+    )
 
     def __post_init__(self):
         given = [name for name in ("coordinator", "count", "index") if getattr(self, name) is not None]

@@ -77,7 +77,8 @@ def _train(
     if run.train.keep_best and run.eval_data is None:
         raise UserError("train.keep_best ranks checkpoints by held-out loss, but config.eval_data is none; set it.")
     share = batch_share(mesh)
-    batches = _loader(run.data, processor, share)
+    quarantine = None if run.workdir is None or jax.process_index() > 0 else Path(run.workdir) / "bad_rows.jsonl"
+    batches = _loader(run.data, processor, share, quarantine)
     write(f"data\n{batches.summary.table()}")
     evaluate = None if run.eval_data is None else _evaluation(run, processor, share, write)
 
@@ -183,8 +184,8 @@ def _frozen(run: TrainRun, cfg: ModelConfig) -> tuple[str, ...]:
     return (*run.optim.freeze, *(("*.router.*",) if router else ()))
 
 
-def _loader(config: DataConfig, processor: Processor, share: tuple[int, int]) -> Loader:
-    return make_loader(config, processor, process_index=share[0], process_count=share[1])
+def _loader(config: DataConfig, processor: Processor, share: tuple[int, int], quarantine: Path | None = None) -> Loader:
+    return make_loader(config, processor, process_index=share[0], process_count=share[1], quarantine=quarantine)
 
 
 def _evaluation(

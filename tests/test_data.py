@@ -176,7 +176,7 @@ def test_bad_rows_are_counted(load, tmp_path, processor):
     paths = write(tmp_path / "chat.jsonl", [chat_row(0), *(row for row, _ in CHATS), chat_row(1)])
     with (tmp_path / "chat.jsonl").open("ab") as file:
         file.write(b'{"messages": "\xff"}\n')
-    loader = load(DataConfig(paths=paths, seq_len=SEQ, batch_size=1, epochs=1))
+    loader = load(DataConfig(paths=paths, seq_len=SEQ, batch_size=1, epochs=1, max_bad=1.0))
     summary = loader.summary
     assert summary.skipped == Counter([*(reason for _, reason in CHATS), "not UTF-8"])
     assert (summary.rows, summary.checked, summary.examples) == (len(CHATS) + 3, len(CHATS) + 3, 2)

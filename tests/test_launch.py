@@ -167,5 +167,9 @@ def test_rows_that_are_all_bad_are_fatal_and_some_are_counted(tmp_path: Path, ca
     assert main([*base, *options, f"--config.workdir={tmp_path / 'b'}"]) == 0
     out = capsys.readouterr().out
     assert "2 of 6" in out
+    kept = [json.loads(line) for line in (tmp_path / "b" / "bad_rows.jsonl").read_text().splitlines()]
+    assert sorted(row["message"].split("rows.jsonl")[1][:3] for row in kept) == [":5:", ":6:"]
+    assert main([*base, *options, "--config.data.max_bad=0.3", f"--config.workdir={tmp_path / 'd'}"]) == 1
+    assert "2 of 6 rows cannot be used" in capsys.readouterr().err
     assert main([*base, *options, "--config.data.on_bad_row=error", f"--config.workdir={tmp_path / 'c'}"]) == 1
     assert "rows.jsonl:5" in capsys.readouterr().err

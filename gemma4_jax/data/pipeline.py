@@ -1,11 +1,13 @@
 """The settings of the data, and the loader that serves batches of them."""
 
+import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from gemma4_jax.data.chat import RowEncoder
+from gemma4_jax.data.chat import BadRow, RowEncoder
 from gemma4_jax.data.pack import Batch
 from gemma4_jax.data.rows import RowTable
 from gemma4_jax.data.source import FileRows
@@ -44,6 +46,7 @@ class DataConfig:
     train_on: TrainOn = option("assistant", "every assistant message, or only those of the last model turn")
     enable_thinking: bool = option(False, "write the chats with thinking on, and train on their thoughts")
     on_bad_row: OnBadRow = option("skip", "count a row that cannot be used, or stop at it")
+    max_bad: float = option(0.5, "share of rows that cannot be used above which the run ends", may_change=True)
     prompt_field: str = option("question", 'of kind "qa"')
     response_field: str = option("answer", 'of kind "qa"')
     text_field: str = option("text", 'of kind "text" in JSONL files')
@@ -67,6 +70,8 @@ class DataConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"data.{name} is at least {minimum}, got {getattr(self, name)}.")
+        if not 0.0 <= self.max_bad <= 1.0:
+            raise UserError(f"data.max_bad is a share from 0 to 1, got {self.max_bad}.")
         if self.epochs is not None and self.epochs < 1:
             raise UserError(f"data.epochs is none or at least 1, got {self.epochs}.")
         if self.kind == "text":
@@ -89,7 +94,13 @@ class Loader(Iterator[Batch]):
     """
 
     def __init__(
-        self, config: DataConfig, processor: Processor, *, process_index: int = 0, process_count: int = 1
+        self,
+        config: DataConfig,
+        processor: Processor,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        quarantine: Path | None = None,
     ) -> None:
         """Indexes the files and counts rows. Use `make_loader`."""
         from grain.experimental import ThreadPrefetchIterDataset  # with grain, a second to import: not for a --help
@@ -110,6 +121,8 @@ class Loader(Iterator[Batch]):
             RowEncoder(config, processor),
             raise_bad=config.on_bad_row == "error",
             cache_bytes=config.cache_mb << 20,
+            max_bad=config.max_bad,
+            on_bad=_quarantine(quarantine),
         )
         self._plan = Plan(
             table, config.seq_len, config.pack_window, config.packing, config.shuffle, config.seed, config.epochs
@@ -189,13 +202,35 @@ def _close(iterators: "list[DatasetIterator[Batch]]") -> None:
         iterators.pop().close()
 
 
-def make_loader(config: DataConfig, processor: Processor, *, process_index: int = 0, process_count: int = 1) -> Loader:
+def _quarantine(path: Path | None) -> Callable[[BadRow], None]:
+    """Writes every bad row's place and reason to a JSONL file, which is begun anew."""
+    if path is None:
+        return lambda _row: None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # a file that is there has rows in it
+
+    def write(row: BadRow) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"reason": row.reason, "message": str(row)}) + "\n")
+
+    return write
+
+
+def make_loader(
+    config: DataConfig,
+    processor: Processor,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    quarantine: Path | None = None,
+) -> Loader:
     """The share of process `process_index` of `process_count` in each batch of `config.batch_size` sequences.
 
     The last batch of a finite number of epochs is filled up with padding (weight 0), so nothing is dropped and all processes
-    yield equally many. For evaluation: `epochs=1, shuffle=False`, and `reset()` before each pass.
+    yield equally many. For evaluation: `epochs=1, shuffle=False`, and `reset()` before each pass. Rows that cannot be used are
+    written to `quarantine` as they are met, each with its place and what is wrong with it.
 
     Raises:
-        UserError: a file is missing or empty, no row is usable, or (on_bad_row="error") some row is not.
+        UserError: a file is missing or empty, too many rows are not usable, or (on_bad_row="error") some row is not.
     """
-    return Loader(config, processor, process_index=process_index, process_count=process_count)
+    return Loader(config, processor, process_index=process_index, process_count=process_count, quarantine=quarantine)

@@ -7,9 +7,11 @@ import numpy as np
 
 from gemma4_jax.data.chat import BadRow, Encoded
 from gemma4_jax.data.source import FileRows, Row
+from gemma4_jax.errors import UserError
 
 UNKNOWN = -1
 BAD = 0  # a usable row has at least one target
+ENOUGH = 1000  # rows, from which on a share of bad ones means something
 
 
 class RowTable:
@@ -23,15 +25,26 @@ class RowTable:
         encode: makes tokens of a row or raises BadRow.
         raise_bad: raise the first BadRow instead of counting it.
         cache_bytes: how much of tokenised rows to keep; the last one is kept whatever its size.
+        max_bad: share of the rows looked at above which a bad one ends it all, once ENOUGH have been looked at.
+        on_bad: called with every bad row.
     """
 
     def __init__(
-        self, source: FileRows, encode: Callable[[Row], Encoded], *, raise_bad: bool, cache_bytes: int
+        self,
+        source: FileRows,
+        encode: Callable[[Row], Encoded],
+        *,
+        raise_bad: bool,
+        cache_bytes: int,
+        max_bad: float = 1.0,
+        on_bad: Callable[[BadRow], None] = lambda _: None,
     ) -> None:
         self._source = source
         self._encode = encode
         self._raise_bad = raise_bad
         self._cache_bytes = cache_bytes
+        self._max_bad, self._on_bad = max_bad, on_bad
+        self._looked_at = 0
         self._cached_bytes = 0
         self._cache: OrderedDict[int, Encoded] = OrderedDict()
         self._lengths = np.full(len(source), UNKNOWN, np.int64)
@@ -68,7 +81,18 @@ class RowTable:
             self._cache.move_to_end(index)
         return encoded
 
+    def refuse_too_many_bad(self) -> None:
+        """UserError if more than `max_bad` of the rows looked at so far are bad."""
+        bad = self.skipped.total()
+        if bad > self._max_bad * self._looked_at:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.most_common())
+            raise UserError(
+                f"{bad:,} of {self._looked_at:,} rows cannot be used ({reasons}), and data.max_bad={self._max_bad:g} is the share "
+                f"allowed. The first: {next(iter(self.first_bad.values()))}"
+            )
+
     def _look_at(self, index: int) -> None:
+        self._looked_at += 1
         try:
             encoded = self.tokens(index)
         except BadRow as error:
@@ -77,6 +101,9 @@ class RowTable:
             self._lengths[index] = BAD
             self.skipped[error.reason] += 1
             self.first_bad.setdefault(error.reason, str(error))
+            self._on_bad(error)
+            if self._looked_at >= ENOUGH:
+                self.refuse_too_many_bad()
             return
         self._lengths[index] = len(encoded)
         self._trained[index] = np.count_nonzero(encoded.trained)

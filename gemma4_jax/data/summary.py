@@ -74,7 +74,7 @@ def summarise(plan: Plan, files: Sequence[str], global_batch: int, check_rows: i
     """Looks at every row, or at `check_rows` of them spread evenly over a larger number, and counts.
 
     Raises:
-        UserError: no row looked at can be used.
+        UserError: no row looked at can be used, or fewer than the table allows.
     """
     table = plan.table
     checked = [
@@ -89,6 +89,7 @@ def summarise(plan: Plan, files: Sequence[str], global_batch: int, check_rows: i
         sequences, filled = sum(count for count, _ in counts), sum(filled for _, filled in counts)
     else:
         sequences, filled = _pack_sample(plan, lengths)
+    table.refuse_too_many_bad()
     scale = len(table) / len(checked)
     return Summary(
         files=tuple(files),
