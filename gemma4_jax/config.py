@@ -51,6 +51,19 @@ class Stack:
         return self.first_layer + block * self.block_size + position
 
 
+_WIDTH, _COUNT = (1, 1 << 20), (1, 1 << 12)
+_BOUNDS = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "sliding_window", "head_dim", "global_head_dim"), _WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "layer_period", "num_attention_heads"), _COUNT),
+    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads"), _COUNT),
+    **dict.fromkeys(("num_kv_shared_layers", "num_experts", "top_k_experts"), (0, 1 << 12)),
+    **dict.fromkeys(("hidden_size_per_layer_input", "moe_intermediate_size"), (0, 1 << 20)),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "max_position_embeddings"), (1, 1 << 30)),
+    **dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id"), (0, 1 << 30)),
+}
+"""Least and most of every number: what lies outside is a broken file, and would fail later and worse."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """One Gemma 4 variant: the text model, and its towers where it has them; hashable, so a static argument of jit.
@@ -94,6 +107,14 @@ class ModelConfig:
     def __post_init__(self):
         if self.vocab_size_per_layer_input is None:
             object.__setattr__(self, "vocab_size_per_layer_input", self.vocab_size)
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise UserError(f"{name} is a whole number from {least:,} to {most:,}, got {value!r}.")
+        for name in ("rms_norm_eps", "final_logit_softcapping"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < 1e30):
+                raise UserError(f"{name} is a number above 0, got {value!r}.")
         if self.use_bidirectional_attention not in (None, "vision"):
             raise UserError(
                 f"use_bidirectional_attention={self.use_bidirectional_attention!r} is not supported: "

@@ -3,13 +3,23 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2000
+
 
 class UserError(ValueError):
     """A mistake the user can fix; the launcher prints it as one sentence and exits with 1.
 
     The message says what was wanted, what was found, where, and how to fix it. Raise it for files, directories, configs and
     data; a mistake of the programmer stays a plain `ValueError` or `TypeError` with its traceback.
+
+    Whatever it quotes from a broken file, it prints in at most LONGEST characters, without control characters.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > LONGEST:
+            text = f"{text[: LONGEST - 300]} ... {text[-250:]}"
+        return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

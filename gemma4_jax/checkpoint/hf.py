@@ -192,7 +192,7 @@ def read_config(directory: Path) -> ModelConfig:
         return ModelConfig.from_hf(read_json(path))
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
-    except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (TypeError, KeyError, AttributeError, ArithmeticError, ValueError) as error:
         raise UserError(f"{path} describes no Gemma 4 model ({type(error).__name__}: {error}).") from error
 
 

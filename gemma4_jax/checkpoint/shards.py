@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _indexed(directory: Path) -> dict[str, Tensor]:
     index = directory / INDEX
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(map(_is_file_name, weight_map.values())):
         raise UserError(f"{index} has no weight_map from tensor names to file names.")
     shards = sorted(set(weight_map.values()))
     files = {shard: _inside(directory, shard) for shard in shards}  # refuse bad paths before looking for files
@@ -76,6 +76,11 @@ def _indexed(directory: Path) -> dict[str, Tensor]:
             f"{len(wrong)} are elsewhere or not listed ({listed(wrong) or 'none'})."
         )
     return found
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether a file system could have a file of that name at all."""
+    return isinstance(name, str) and len(name) < 200 and name.isprintable()
 
 
 def _inside(directory: Path, name: str) -> Path:
