@@ -60,6 +60,11 @@ def pixels_of(source: Any, root: Path | None = None, where: str = "The image") -
         except image_module.UnidentifiedImageError:
             text = f"{where}: {name_of(file)} is not an image that Pillow can read."
             raise MediaError("not an image", text) from None
+        except MediaError:
+            raise
+        except Exception as error:  # of a broken file Pillow's readers raise anything: OSError, SyntaxError, struct.error
+            text = f"{where}: {name_of(file)} is damaged ({type(error).__name__}: {error})."
+            raise MediaError("damaged image", text) from error
 
 
 def target_size(height: int, width: int, vision: VisionConfig, budget: int) -> tuple[int, int]:
