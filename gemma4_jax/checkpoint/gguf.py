@@ -70,7 +70,7 @@ def write_gguf(
         # Not those whose scales were learned: their grid's rule does not find them again.
         plain = {name for name in source.grids if f"{name.removesuffix('.w')}.grid_scale" not in source.scales}
         grids = {parameter: grid.name for parameter, grid in source.grids.items() if parameter in plain}
-        metadata[GRIDS_KEY] = Value("str", json.dumps(grids, separators=(",", ":")))
+        metadata[GRIDS_KEY] = Value("str", json.dumps(grids, sort_keys=True, separators=(",", ":")))
     front, placed = lay_out(metadata, forms)
     places = {tensor.name: (tensor.start, tensor.size) for tensor in placed.values()}
     extras = {gguf_names.ROPE_FREQS: frequencies}
@@ -120,18 +120,26 @@ def _general(name: str, storages: Mapping[str, Storage]) -> Metadata:
         "general.sampling.top_p": Value("f32", 0.95),
         "general.sampling.temp": Value("f32", 1.0),
         "general.name": Value("str", name),
-        "general.size_label": Value("str", _size_label(sum(weights.values()))),
+        "general.size_label": Value("str", _size_label(storages)),
         "general.file_type": Value("u32", _FILE_TYPES[max(coded, key=lambda kind: coded[kind])]),
         "general.quantization_version": Value("u32", 2),
     }
 
 
-def _size_label(parameters: int) -> str:
-    """`4.6B`, `310K`: what llama.cpp prints beside the architecture."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if parameters >= size:
-            return f"{parameters / size:.{0 if parameters / size >= 10 else 1}f}{unit}"
-    return str(parameters)
+def _size_label(storages: Mapping[str, Storage]) -> str:
+    """`4.6B`, of a mixture `128x2.0B` (an expert and what all share): as the `gguf` package names sizes."""
+    shared = experts = count = 0
+    for storage in storages.values():
+        for name, (_, shape) in storage.tensors.items():
+            size = int(np.prod(shape, dtype=np.int64))
+            if "_exps." in name and len(shape) == 3:
+                experts, count = experts + size // shape[0], shape[0]
+            else:
+                shared += size
+    parameters = shared + experts
+    unit, size = next(((u, s) for u, s in (("T", 1e12), ("B", 1e9), ("M", 1e6)) if parameters > s), ("K", 1e3))
+    scaled = parameters / size
+    return f"{count}x" * bool(count) + f"{scaled:.{0 if round(scaled) >= 10 else 1}f}{unit}"
 
 
 @dataclasses.dataclass

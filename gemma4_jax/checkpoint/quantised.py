@@ -58,7 +58,8 @@ def directory_source(path: str | Path, text_only: bool = False) -> Source:
                 pass
     grids, _ = grids_found(tensors, cfg, str(path), as_stored=True)
     files = tuple(sorted(file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".json")))
-    return Source(cfg, tensors, grids, str(path), files, trained=grids)
+    ordered = {name: tensors[name] for name in names.table(cfg)}
+    return Source(cfg, ordered, grids, str(path), files, trained=grids)
 
 
 def directory_tensors(path: str | Path, text_only: bool) -> tuple[ModelConfig, dict[str, Any]]:
@@ -195,7 +196,7 @@ def grids_found(
     lost = [name for name in coded if table[name].parameter not in found]
     if lost:
         logger.warning(
-            "%s: %d of %d quantised tensors lie on no grid of ours whose scales can be kept (%s); they are float weights from here on",
+            "%s: %d of %d quantised tensors lie on no grid of ours whose scales can be kept (%s); they are float from here on",
             *(where, len(lost), len(coded), listed(lost)),
         )
     return found, learned

@@ -237,7 +237,8 @@ def with_grids(
         unknown.discard(f"{path}.w")
         if learned and f"{path}.w" in learned:
             module.learn_scales()
-            module.grid_scale = module.grid_scale.replace(learned[f"{path}.w"])
+            scale: Any = module.grid_scale
+            module.grid_scale = scale.replace(learned[f"{path}.w"])
     if unknown:
         raise ValueError(f"no such weights: {sorted(unknown)}")
     return new
