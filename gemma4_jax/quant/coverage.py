@@ -12,6 +12,7 @@ from gemma4_jax.quant.modules import quantisable
 from gemma4_jax.quant.policies import ROLES
 
 OTHER = "norms, scalars"
+"""With what belongs to no group: scales of activations are here, learned scales of grids are bytes of their groups."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Coverage:
 
     @property
     def parameters(self) -> int:
-        """All parameters of the model, buffers included."""
+        """All parameters of the model, buffers included, learned scales of grids left out."""
         return sum(group.parameters for group in self.groups)
 
     @property
@@ -72,7 +73,8 @@ def coverage(model: Any, stays: Mapping[str, str] | None = None) -> Coverage:
         groups += [_group(role, grid, members, why.get(role, "no grid")) for grid, members in by_grid.items()]
         if not modules:
             groups.append(Group(role, None, 0, 0, 0.0, "not in this model"))
-    leaves = jax.tree.leaves(model)
+    learned = {id(leaf) for _, module in found for leaf in jax.tree.leaves(module.grid_scale)}
+    leaves = [leaf for leaf in jax.tree.leaves(model) if id(leaf) not in learned]
     rest = sum(math.prod(leaf.shape) for leaf in leaves) - sum(group.parameters for group in groups)
     left = len(leaves) - sum(group.arrays for group in groups)
     groups.append(Group(OTHER, None, left, rest, 2.0 * rest, "vectors, not matrices"))
