@@ -14,7 +14,7 @@ from gemma4_jax.media.pieces import ImagePiece, Piece, SoundPiece
 from gemma4_jax.media.sounds import BINS
 from gemma4_jax.model.multimodal import Media, Patches, Sounds, soft_frames
 
-FRAME_BUCKETS = (100, 200, 400, 800, 1500, 3000)
+FRAME_BUCKETS = (100, 200, 300, 400, 600, 800, 1000, 1200, 1600, 2000, 2500, 3000)
 """Frames of 10 ms that sounds are padded to: 1 s to 30 s."""
 
 

@@ -4,7 +4,7 @@
     python tests/golden/generate.py --check    # weights and configs exactly, numbers within the stated tolerances
     python tests/golden/generate.py tiny_e2b   # one fixture only
 
-Needs the extras `parity` and `media`. Exit status 1 when `--check` finds a difference; each is one line that says where and how big.
+Needs the extras `parity` and `media`. Exit status 1 when `--check` finds a difference; each is one line: where and how big.
 """
 
 from __future__ import annotations
