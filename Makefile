@@ -8,7 +8,7 @@ PARITY := .venv-parity-$(VERSION)
 # Tests run on this many processes. More than 4 costs more memory than it saves time.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 
-.PHONY: demo test check lint fast parity bench clean help python
+.PHONY: demo test check lint fast parity torture bench clean help python
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -33,6 +33,10 @@ fast: $(VENV)/.installed-dev  ## the fast tests
 parity: $(PARITY)/.installed  ## compare live with transformers and torch
 	$(PARITY)/bin/python tests/golden/generate.py --check
 	$(PARITY)/bin/python -m pytest tests -m parity
+
+torture: $(VENV)/.installed-dev  ## kills, notices, changed bits and broken files for two hours; see RELIABILITY.md
+	$(VENV)/bin/python -m tests.torture
+	$(VENV)/bin/python -m tests.fuzz
 
 bench: $(VENV)/.installed  ## measure speed and memory on this machine
 	$(VENV)/bin/python -m benchmarks

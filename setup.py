@@ -24,8 +24,23 @@ EXTRAS = {
     # Accelerators: the same jax with the backend that fits the machine.
     "tpu": ["jax[tpu]>=0.10.2"],
     "cuda": ["jax[cuda12]>=0.10.2"],
+    # Sampling and training with images, video and audio.
+    "media": [
+        "pillow>=11",  # pictures
+        "av>=14",  # video, and sound in any container
+        "soundfile>=0.13",  # wav, flac, ogg, mp3
+        "soxr>=0.5",  # resampling to 16 kHz
+    ],
+    # Answers held to a JSON schema, a regular expression, a grammar, or a tool's arguments: token masks.
+    "structured": ["llguidance>=1.9"],
     # The reference implementation, for tests/golden/generate.py and the tests marked `parity`. Pinned: the numbers are compared.
-    "parity": ["torch==2.13.0", "transformers==5.23.0"],
+    "parity": [
+        "torch==2.13.0",
+        "transformers==5.23.0",
+        "pillow>=11",  # the reference's image processor
+        "compressed-tensors>=0.20",  # reads our W4A16 directories
+        "xllamacpp>=2026.10",  # llama.cpp: reads our GGUF files
+    ],
     "dev": [
         "pytest>=9.0",  # the tests
         "pytest-xdist>=3.8",  # the tests on every core: compiling is most of their time
@@ -33,6 +48,12 @@ EXTRAS = {
         "jax[tpu]>=0.10.2; sys_platform == 'linux'",  # the TPU compiler: steps are compiled for TPUs on every commit
         "jinja2>=3.1.6",  # renders the published chat template that chat.py is compared with
         "gguf>=0.19",  # ggml's own numpy quantiser, the twin of the q4_0 grid
+        "llguidance>=1.9",  # the extra `structured`
+        "jsonschema>=4.25",  # what answers under a schema are validated with
+        "pillow>=11",  # the extra `media`: this and the next three
+        "av>=14",
+        "soundfile>=0.13",
+        "soxr>=0.5",
         "ruff>=0.14",  # format and lint
         "pyright[nodejs]>=1.1.400",  # types; brings its own node
     ],

@@ -175,6 +175,7 @@ COMMANDS = {
     "tiny_qat.py:mobile": [],
     "sample.py": ["--config.model.path=ckpt", "--config.prompts.text=hello, you"],
     "eval.py": GIVEN,
+    "export.py:gguf": ["--config.export.source=a", "--config.export.path=b"],
     "plan.py:31b": [],
     "gsm8k.py:tiny_e2b": [],
     "gsm8k.py:tiny_26b_a4b": [],
