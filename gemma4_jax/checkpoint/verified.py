@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from gemma4_jax.checkpoint.digest import digests, file_damage
@@ -101,7 +102,7 @@ def _anywhere(found: bool) -> bool:
         return found
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.process_allgather(jax.numpy.asarray(found)).any())
+    return bool(multihost_utils.process_allgather(np.asarray(found)).any())
 
 
 def _or_nothing(read: Callable[[epath.Path], dict[str, T]], directory: epath.Path) -> dict[str, T]:
