@@ -46,6 +46,11 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     """Trains, or goes on where the working directory stopped; returns the last state."""
     started = time.perf_counter()
     cfg = model_config(run.model)
+    if cfg.is_multimodal:  # their gradients would be zero, and weight decay would still move them
+        raise UserError(
+            f"{run.model.path} has vision and audio towers, and training reads text only: set config.model.text_only=true to "
+            "leave them out."
+        )
     write = voice(write)
     mesh = _mesh(run, cfg)
     if mesh is not None:

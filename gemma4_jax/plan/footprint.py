@@ -17,7 +17,7 @@ from gemma4_jax.plan.shares import cache_bytes, gathered_bytes, resting_bytes, t
 class Constants:
     """Arrays that live at once, by shape. [M, x] is one activation per token of the device in the compute dtype."""
 
-    gathered: float = 3.0  # one layer's weights in use: this layer's, their gradient, the next layer's on the way
+    gathered: float = 1.2  # one layer's weights in use: this layer's, and the next layer's on the way
     residual: float = 8.0  # [M, D] in the backward pass of a layer: norms in and out, cotangents, float32 partly
     queries: float = 7.0  # [M, N H]: q, output, heads-first copies, their cotangents
     keys: float = 7.0  # [S, K H], k and v each a half
