@@ -174,7 +174,7 @@ def _our_logprobs(model: Transformer, prompts: Sequence[Sequence[int]]) -> list[
 
 def _their_logprobs(file: Path, prompts: Sequence[Sequence[int]]) -> list[dict[int, float]]:
     """Of each prompt llama.cpp's likeliest tokens and their log p."""
-    import xllamacpp
+    import xllamacpp  # pyright: ignore[reportMissingImports]  # of the parity extra
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)

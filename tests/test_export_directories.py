@@ -5,6 +5,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import PROJECT
 from exporting import forward_weights, on_policy, random_model
 from safetensors.numpy import load_file
 
@@ -183,6 +184,20 @@ def test_what_is_refused(tmp_path):
     refused("exists", tmp_path / "there", what=float_model, format="hf")
     (tmp_path / "m.gguf").write_text("")
     refused("exists", tmp_path / "m.gguf", what=model, format="gguf", tokenizer=assets.TOKENIZER)
+
+
+@pytest.mark.parametrize("form", ["hf", "compressed-tensors", "mobile"])
+def test_towers_go_along_unquantised(form, tmp_path):
+    """From the fixture's directory, clip bounds and all."""
+    source = load(PROJECT / "tests/golden/media_e2b", dtype="float32")
+    name = {"hf": None, "compressed-tensors": "int8", "mobile": "mobile"}[form]
+    export(PROJECT / "tests/golden/media_e2b", tmp_path / "out", format=form, dtype="float32", policy=name)  # pyright: ignore[reportArgumentType]
+    got = arrays(load(tmp_path / "out", dtype="float32"))
+    towers = [key for key in arrays(source) if key.startswith(("vision", "audio"))]
+    assert len(towers) > 20
+    for key in towers:
+        np.testing.assert_array_equal(got[key], arrays(source)[key], err_msg=key)
+    assert np.array_equal(got["own.full.mlp.up.w"], arrays(source)["own.full.mlp.up.w"]) == (form == "hf")
 
 
 def test_requantise_lets_them_through(tmp_path):

@@ -126,6 +126,8 @@ def _write_tensor(source: Source, name: str, storage: Storage, home: Mapping[str
             home[target].add(target, values)
         exact = given.values if isinstance(given, Encoded) else given
         held = exact if storage.held is None else storage.held(given)
+        if not tensor.shape:  # a clip bound of a tower, which may be infinite
+            continue
         drift.add(weights, held)
         drift.compare(base, held, (grid and grid.block) or base.shape[-1])
     label = None if grid is None else grid.name
@@ -148,7 +150,8 @@ def _rounded_blocks(
     learned = None if trained is None else source.learned_scales(name)
     for rows, block in tensor.blocks():
         weights = np.asarray(block, np.float32)
-        check_finite(weights, name, source.origin)
+        if tensor.shape:
+            check_finite(weights, name, source.origin)
         if trained is None:
             yield rows, weights, weights, None
             continue

@@ -130,8 +130,8 @@ class Source:
         return [name for name in self.tensors if not name.startswith(names.TOWERS)]
 
     def model(self) -> Transformer:
-        """The model without arrays (ShapeDtypeStructs), with its grids: what policies work on."""
-        return with_grids(abstract(self.cfg), self.grids)
+        """The text model without arrays (ShapeDtypeStructs), with its grids: what policies work on; towers stay float."""
+        return with_grids(abstract(self.cfg.text_only()), self.grids)
 
     def with_grids_of(self, model: Any) -> "Source":
         """The same weights, to be written on the grids that `model` (abstract or not) has."""
@@ -178,7 +178,7 @@ class ArrayRows:
             for rows in row_blocks(self.entry.shape, item):
                 yield rows, _read(self.array, (rows,)).reshape(-1, *self.entry.shape[1:])
             return
-        view = self.entry.view(_read(self.array, self.entry.index))
+        view = np.atleast_1d(self.entry.view(_read(self.array, self.entry.index)))
         for rows in row_blocks(view.shape, item):
             block = np.empty((rows.stop - rows.start, *view.shape[1:]), view.dtype)
             copy(block, view[rows])
