@@ -137,6 +137,7 @@ def lowered_decode(
             masks,
             whole(steps),
             whole(flag),
+            None,
             cache_format=cache_format,
         )
 

@@ -137,7 +137,9 @@ def cache(batch, size, tokens, heads, kv_heads, ahead):
 def view(k, v, positions, window):
     """A plain layer's cache; one with a window may be a ring."""
     kind = "sliding" if window else "full"
-    return View({"k": Codes(k), "v": Codes(v)}, positions, None, None, ModelConfig.variant("tiny_e2b"), kind, "plain")
+    return View(
+        {"k": Codes(k), "v": Codes(v)}, positions, None, None, None, ModelConfig.variant("tiny_e2b"), kind, "plain"
+    )
 
 
 @pytest.mark.parametrize(

@@ -298,7 +298,17 @@ def test_the_cache_is_updated_in_place():
     cache, size = machine._cache, sum(x.nbytes for x in jax.tree.leaves(machine._cache))
     masks = steps.Masks(machine._all_allowed, np.bool_(False))
     controls, one = machine._at.controls, np.int32(1)
-    arguments = machine._decoder, cache, machine._progress, controls, machine._at.ended, masks, one, np.bool_(False)
+    arguments = (
+        machine._decoder,
+        cache,
+        machine._progress,
+        controls,
+        machine._at.ended,
+        masks,
+        one,
+        np.bool_(False),
+        None,
+    )
     memory = steps.decode_steps.lower(*arguments, cache_format=machine.format).compile().memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes >= size

@@ -222,7 +222,8 @@ class Engine:
                 chunk = Chunk(np.zeros((pieces, size), np.int32), rows, zeros, zeros, np.zeros(pieces, bool))
                 h, after = self._read_chunk(chunk)
             self._finish(decoder, h, after, Ends(rows * 0, rows, rows * 0 - 1, rows * 0))
-        self._write(1)
+        for alone in (False, True)[: self.slots]:
+            self._write(1, alone=alone)
         if self.prefixes.budget:
             count = 1
             while True:
@@ -337,10 +338,13 @@ class Engine:
         )
         return np.asarray(token), np.asarray(logprob)
 
-    def _write(self, steps: int) -> None:
-        """Some tokens in all slots that write."""
+    def _write(self, steps: int, *, alone: bool | None = None) -> None:
+        """Some tokens in all slots that write. One slot alone has a program of its own: idle slots cost as much as busy ones."""
         running = self._at.running
-        minds = _minds([one for one in running if one is not None and not one.reading])
+        writing = [slot for slot, one in enumerate(running) if one is not None and not one.reading]
+        alone = len(writing) == 1 if alone is None else alone
+        rows = np.asarray(writing[:1] or [0], np.int32) if alone and self.slots > 1 else None
+        minds = _minds([running[slot] for slot in writing])
         words = masks_of(running, self.cfg.vocab_size) if minds else self._all_allowed
         self._cache, self._progress, tokens, logprobs = decode_steps(
             self._ready(),
@@ -351,12 +355,14 @@ class Engine:
             Masks(words, minds),
             np.int32(1 if minds else steps),
             np.bool_(bool(self._waiting)),
+            rows,
             cache_format=self.format,
         )
         tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
-        for slot, one in enumerate(running):
-            if one is not None and not one.reading:
-                self._take(one, tokens[slot], logprobs[slot])
+        for slot in writing:
+            one, place = running[slot], slot if rows is None else 0
+            assert one is not None
+            self._take(one, tokens[place], logprobs[place])
 
     def _take(self, running: Running, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """The newest tokens of a slot; frees it if they end the answer."""

@@ -12,6 +12,7 @@ Reading a chunk takes four kinds of programs, called one after the other by `rea
 
 import dataclasses
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -206,19 +207,23 @@ def decode_steps(
     masks: Masks,
     steps: np.ndarray,
     eager: np.ndarray,
+    rows: np.ndarray | None,
     *,
     cache_format: CacheFormat,
 ) -> tuple[Cache, Progress, jax.Array, jax.Array]:
-    """Up to `steps` (at most STEPS) more tokens of every slot that is not done: [B, STEPS] (-1: none), and log-probabilities.
+    """Up to `steps` (at most STEPS) more tokens of every slot that is not done: [P, STEPS] (-1: none), and log-probabilities.
 
     Args:
+      controls, ended_B, masks: of all slots; masks are those of the first step, and a call with masks takes one step.
       ended_B: slots that end now, from outside: a stop text, a cancelled request.
-      masks: of the first step; a call with masks takes one step.
       steps: int32.
       eager: bool; return as soon as another slot is done, because somebody waits for it.
+      rows: the slots [P] to work on; None: all, in order.
     """
-    rows = progress.token.shape[0]
-    progress = dataclasses.replace(progress, done=progress.done | ended_B)
+    whole = dataclasses.replace(progress, done=progress.done | ended_B)
+    progress = whole
+    if rows is not None:
+        progress, controls, masks = (_rows(x, jnp.asarray(rows)) for x in (progress, controls, masks))
     keys, before = controls.keys(), progress.done
 
     def goes_on(carry):
@@ -229,13 +234,24 @@ def decode_steps(
     def one_step(carry):
         step, cache, progress, tokens, logprobs = carry
         positions = jnp.where(progress.done, NOTHING, progress.position)  # nothing is written for a slot that is done
-        hidden, cache = decoder.step(progress.token[:, None], positions[:, None], cache, cache_format)
+        hidden, cache = decoder.step(progress.token[:, None], positions[:, None], cache, cache_format, rows)
         progress, token, logprob = _extend(progress, decoder.logits(hidden[:, 0]), controls, keys, masks)
         return step + 1, cache, progress, tokens.at[:, step].set(token), logprobs.at[:, step].set(logprob)
 
-    tokens = jnp.full((rows, STEPS), NOTHING, jnp.int32)
-    start = (jnp.int32(0), cache, progress, tokens, jnp.zeros((rows, STEPS), jnp.float32))
-    return jax.lax.while_loop(goes_on, one_step, start)[1:]
+    tokens = jnp.full((progress.token.shape[0], STEPS), NOTHING, jnp.int32)
+    start = (jnp.int32(0), cache, progress, tokens, jnp.zeros(tokens.shape, jnp.float32))
+    _, cache, progress, tokens, logprobs = jax.lax.while_loop(goes_on, one_step, start)
+    if rows is not None:
+        progress = jax.tree.map(lambda old, new: old.at[jnp.asarray(rows)].set(new), whole, progress)
+    return cache, progress, tokens, logprobs
+
+
+R = TypeVar("R", Progress, Controls, Masks)
+
+
+def _rows(arrays: R, rows: jax.Array) -> R:
+    """The same of some slots; scalars are everybody's."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[rows] if jnp.ndim(x) else x, arrays)
 
 
 def _extend(

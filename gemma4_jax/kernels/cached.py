@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from gemma4_jax.kernels.blockwise import FLOOR, HIDDEN
 
-BLOCK = 512
-"""Slots looked at together, of caches whose slots are positions. A ring is one block: its slots are all in use."""
+BLOCK, STEP_BLOCK = 512, 256
+"""Slots looked at together, by many queries and by few. A token's slot is its position modulo the number of slots, so slots
+beyond the newest position are empty, in a ring too."""
 
 ROWS = 128
 """Queries taken together, as in `chunked.py`."""
@@ -33,6 +34,13 @@ class Codes(NamedTuple):
         return Codes(*(None if x is None else _slots(x, start, size, rows) for x in self))
 
 
+class Fresh(NamedTuple):
+    """Tokens that are looked at before they are stored: parts [B, K, T, W], positions [B, T]."""
+
+    parts: dict[str, Codes]
+    positions: jax.Array
+
+
 Keys = Callable[[dict[str, Codes], jax.Array], tuple[Codes, ...]]
 """The keys of a block, in as many parts as the queries have, from what is stored of it and its positions [B, s]."""
 
@@ -45,8 +53,9 @@ def cached_attention(
     k_pos_BS: jax.Array,
     *,
     window: int | None,
-    first: int | jax.Array | None,
+    first: int | jax.Array = 0,
     rows: jax.Array | None = None,
+    fresh: "Fresh | None" = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(sum over parts of q . k) v: [B, T, N, W of the values], and its log-sum-exp float32 [B, T, N] (-1e20: no key seen).
 
@@ -57,11 +66,12 @@ def cached_attention(
       q_pos_BT: positions of the queries, -1 idle.
       k_pos_BS: positions in the slots, -1 empty, of the same rows as the queries.
       window: keys a query sees, itself included; None: all before it.
-      first: where slot s holds position first + s or nothing; None: slots in any order (a ring).
+      first: the place of slot 0 among all slots of the cache, where that is cut over devices.
       rows: which rows of the stored arrays the queries belong to; None: query row b is stored row b.
+      fresh: tokens that are not stored yet.
     """
     length, slots = q_pos_BT.shape[1], parts["v"].values.shape[2]
-    size = slots if first is None else min(slots, BLOCK)
+    size = min(slots, BLOCK if length > 16 else STEP_BLOCK)
     step = ROWS if length > ROWS and length % ROWS == 0 else length
 
     def rows_of_queries(at: int | jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -79,10 +89,11 @@ def cached_attention(
         if size == slots:
             sums = block(0, None)
         else:
-            assert first is not None
             newest = jnp.max(q_pos) + 1 - first
             blocks = jnp.clip((newest + size - 1) // size, 0, -(-slots // size))
             sums = jax.lax.fori_loop(0, blocks, block, _nothing(queries, parts["v"]))
+        if fresh is not None:
+            sums = _add(sums, queries, keys(*fresh), fresh.parts["v"], _bias(q_pos, fresh.positions, window))
         return _finished(sums, queries[0].dtype, step)
 
     if step == length:

@@ -104,7 +104,20 @@ class Cut:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _experts(gate: Gate, cut: Cut | None, x, weights, index, w_in, w_out):
-    return _forward(gate, cut, x, weights, index, w_in, w_out)[0]
+    def forward(x, weights, index, w_in, w_out):
+        return _forward(gate, cut, x, weights, index, w_in, w_out)[0]
+
+    tokens = Tokens(*(a.reshape(-1, a.shape[-1]) for a in (x, weights, index)))
+    matrices = Matrices(w_in.reshape(*w_in.shape[:2], -1), w_out, gate)
+    small = routes.small_forward(tokens, matrices) if cut is None else None
+    if small is None:
+        return forward(x, weights, index, w_in, w_out)
+
+    def on_cpu(x, weights, index, w_in, w_out):
+        tokens = Tokens(*(a.reshape(-1, a.shape[-1]) for a in (x, weights, index)))
+        return small(tokens, Matrices(w_in.reshape(*w_in.shape[:2], -1), w_out, gate)).reshape(x.shape)
+
+    return jax.lax.platform_dependent(x, weights, index, w_in, w_out, cpu=on_cpu, default=forward)
 
 
 def _forward(gate: Gate, cut: Cut | None, x, weights, index, w_in, w_out):

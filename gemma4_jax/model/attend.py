@@ -13,13 +13,16 @@ Where `tensor` has more devices than there are key/value heads these come whole.
 sequence, and all heads of its share of the slots of a cache.
 """
 
+import functools
+
 import jax
+import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from gemma4_jax.errors import UserError
 from gemma4_jax.kernels.blockwise import Labels
-from gemma4_jax.kernels.cached import Codes, cached_attention
+from gemma4_jax.kernels.cached import Codes, Fresh, cached_attention
 from gemma4_jax.kernels.choice import Shape
 from gemma4_jax.kernels.context import merged, mirrored_halves, whole, with_halo
 from gemma4_jax.kernels.sequence import sequence_attention
@@ -77,7 +80,8 @@ def _on_mesh(mesh, q_BTNH: jax.Array, kv: KV, labels: Labels, window: int | None
 
     def island(q, k, v, *labels):
         labels = Labels(*labels)
-        k, v = (_own_kv_heads(x, 2, q.shape[2], heads // kv_heads) for x in (k, v))
+        own = functools.partial(_own_kv_heads, axis=2, local_heads=q.shape[2], groups=heads // kv_heads)
+        k, v = own(k), own(v)
         if k_spec[1] is not None:
             return _over_context(q, k, v, labels, window, ahead)
         return sequence_attention(q, k, v, labels, window=window, starts=((kv.before,),), ahead=ahead)
@@ -91,11 +95,18 @@ def _on_mesh(mesh, q_BTNH: jax.Array, kv: KV, labels: Labels, window: int | None
 def _to_cache(q_BTNH: jax.Array, view: View, positions_BT: jax.Array, window: int | None) -> jax.Array:
     """Attention to what a cache holds; on a mesh each device looks at its own heads and slots."""
     mesh, queries = current_mesh(), view.queries(q_BTNH)
-    first, dtype = 0 if view.ordered else None, q_BTNH.dtype
+    dtype = q_BTNH.dtype
     if mesh is None:
         keys = lambda parts, positions: view.keys(parts, positions, view.key_scale, dtype)  # noqa: E731
         out, _ = cached_attention(
-            queries, view.parts, keys, positions_BT, view.positions, window=window, first=first, rows=view.rows
+            queries,
+            view.parts,
+            keys,
+            positions_BT,
+            view.positions,
+            window=window,
+            rows=view.rows,
+            fresh=view.fresh,
         )
         return view.output(out)
     parts = view.parts if view.rows is None else jax.tree.map(lambda x: x[view.rows], view.parts)
@@ -107,13 +118,17 @@ def _to_cache(q_BTNH: jax.Array, view: View, positions_BT: jax.Array, window: in
     local = slots // size_of(mesh, cut)
     split = kv_heads % mesh.shape[TENSOR] > 0 and local % mesh.shape[TENSOR] == 0
 
-    def island(queries, parts, q_pos, k_pos, key_scale):
+    def island(queries, parts, q_pos, k_pos, key_scale, fresh):
         start = jax.lax.axis_index(cut) * local if cut else 0
         axes = (*cut, TENSOR) if split else cut
         if split:
             queries, parts, k_pos, start = _slots_over_tensor(queries, parts, k_pos, start)
         else:
-            parts = jax.tree.map(lambda x: _own_kv_heads(x, 1, queries[0].shape[2], heads // kv_heads), parts)
+            own = functools.partial(_own_kv_heads, axis=1, local_heads=queries[0].shape[2], groups=heads // kv_heads)
+            parts = jax.tree.map(own, parts)
+            fresh = fresh and fresh._replace(parts=jax.tree.map(own, fresh.parts))
+        if fresh is not None and axes:  # one device looks at what has no slot yet
+            fresh = fresh._replace(positions=jnp.where(jax.lax.axis_index(axes) == 0, fresh.positions, -1))
         out, lse = cached_attention(
             queries,
             parts,
@@ -121,7 +136,8 @@ def _to_cache(q_BTNH: jax.Array, view: View, positions_BT: jax.Array, window: in
             q_pos,
             k_pos,
             window=window,
-            first=None if first is None else start,
+            first=start,
+            fresh=fresh,
         )
         out = merged(out, lse, axes) if axes else out
         if not split:
@@ -132,9 +148,15 @@ def _to_cache(q_BTNH: jax.Array, view: View, positions_BT: jax.Array, window: in
     of_parts = jax.tree.map(lambda x: PartitionSpec(*spec[: x.ndim]), parts)
     of_pos = PartitionSpec(q_spec[0], None), PartitionSpec(spec[0], spec[2])
     of_scale = None if view.key_scale is None else PartitionSpec(None)
-    in_specs = ((q_spec,) * len(queries), of_parts, *of_pos, of_scale)
+    of_fresh = None
+    if view.fresh is not None:
+        of_fresh = Fresh(
+            jax.tree.map(lambda x: PartitionSpec(*(spec[0], spec[1], None, None)[: x.ndim]), view.fresh.parts),
+            of_pos[0],
+        )
+    in_specs = ((q_spec,) * len(queries), of_parts, *of_pos, of_scale, of_fresh)
     mapped = jax.shard_map(island, mesh=mesh, in_specs=in_specs, out_specs=q_spec, check_vma=False)
-    return view.output(mapped(queries, parts, positions_BT, view.positions, view.key_scale))
+    return view.output(mapped(queries, parts, positions_BT, view.positions, view.key_scale, view.fresh))
 
 
 def check_heads(tensor: int, heads: int, kv_heads: int) -> None:
@@ -146,7 +168,7 @@ def check_heads(tensor: int, heads: int, kv_heads: int) -> None:
         )
 
 
-def _own_kv_heads(x: jax.Array, axis: int, local_heads: int, groups: int) -> jax.Array:
+def _own_kv_heads(x: jax.Array, *, axis: int, local_heads: int, groups: int) -> jax.Array:
     """The key/value heads this device's queries read: one of all, where `tensor` has more devices than there are heads."""
     if x.shape[axis] * groups == local_heads:
         return x

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from gemma4_jax.config import LayerKind, ModelConfig
-from gemma4_jax.kernels.cached import Codes
+from gemma4_jax.kernels.cached import Codes, Fresh
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
 from gemma4_jax.model.kv import (
     KV,
@@ -52,37 +53,65 @@ class Decoder(nnx.Module):
     logits = Transformer.logits
 
     def step(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache, cache_format: CacheFormat = PLAIN
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache,
+        cache_format: CacheFormat = PLAIN,
+        rows: jax.Array | np.ndarray | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Hidden states [B, T, D] of the next tokens, and the cache with them in it.
 
-        Rows with position -1 are idle: nothing is written for them. T may not exceed the `ahead` the cache was made
-        for, or a ring would lose keys that the step's first tokens still see.
+        Tokens with position -1 are idle: nothing is written for them. `rows` [B] are the cache's rows that the tokens
+        belong to; None: all, in order. T may not exceed the `ahead` the cache was made for, or what is written
+        overtakes keys that the next step still sees, should some of these tokens be taken back.
         """
-        slot: dict[LayerKind, jax.Array] = {
-            kind: slot_of(positions_BT, where.shape[1]) for kind, where in cache.positions.items()
-        }
-        positions: dict[LayerKind, jax.Array] = {
-            kind: write_positions(where, slot[kind], positions_BT) for kind, where in cache.positions.items()
-        }
+        rows = None if rows is None else jnp.asarray(rows)
+        seen = cache.positions if rows is None else {kind: where[rows] for kind, where in cache.positions.items()}
         places = self.places(positions_BT)
         h, per_layer = self.embed_tokens(tokens_BT, self.per_layer)
-        written: list[Stored] = []
+        new: list[Stored] = []
         source_layer = producers(self.cfg)
-        for index, layer in enumerate(self.layers):
+
+        def view(layer: Layer, index: int) -> View:
+            heads_first = {name: Codes(*map(_heads_first, codes)) for name, codes in new[index].items()}
+            fresh = Fresh(heads_first, positions_BT)
             kind = layer.attention.kind
+            return view_of(layer, self.cfg, cache_format, cache.layers[index], seen[kind], rows, fresh)
 
-            def keep(k, v, index=index, layer=layer, kind: LayerKind = kind):
-                new = encoded(self.cfg, kind, cache_format, k, v)
-                written.append(write(cache.layers[index], slot[kind], new))
-                return view_of(layer, self.cfg, cache_format, written[-1], positions[kind])
+        for index, layer in enumerate(self.layers):
 
-            if layer.attention.k is None:
-                source = view_of(layer, self.cfg, cache_format, written[source_layer[kind]], positions[kind])
-            else:
-                source = keep
+            def keep(k, v, index=index, layer=layer):
+                new.append(encoded(self.cfg, layer.attention.kind, cache_format, k, v))
+                return view(layer, index)
+
+            shares = layer.attention.k is None
+            source = view(layer, source_layer[layer.attention.kind]) if shares else keep
             h, _, _ = layer(h, None if per_layer is None else per_layer[index], places, source)
-        return self.final_norm(h), Cache(tuple(written), positions)
+        h = self.final_norm(h)
+        # XLA must see that all reading comes before any writing, or it writes to a copy of every ring: so the slots depend on
+        # what was read, by a comparison that never holds.
+        never = jnp.abs(h[0, 0, 0].astype(jnp.float32)) > NEVER
+        slot = {
+            kind: jnp.where(never, where.shape[1], slot_of(positions_BT, where.shape[1]))
+            for kind, where in cache.positions.items()
+        }
+        positions: dict[LayerKind, jax.Array] = {
+            kind: write_positions(where, slot[kind], positions_BT, rows) for kind, where in cache.positions.items()
+        }
+        written = (
+            write(old, slot[layer.attention.kind], one, rows)
+            for old, one, layer in zip(cache.layers, new, self.layers[: len(new)], strict=True)
+        )
+        return h, Cache(tuple(written), positions)
+
+
+NEVER = 1e38
+"""No hidden state behind the final norm is as large."""
+
+
+def _heads_first(x_BTK: jax.Array | None) -> jax.Array | None:
+    return None if x_BTK is None else jnp.moveaxis(x_BTK, 1, 2)
 
 
 def view_of(
@@ -92,13 +121,14 @@ def view_of(
     parts: Stored,
     positions_PS: jax.Array,
     rows: jax.Array | None = None,
+    fresh: Fresh | None = None,
 ) -> View:
     """What the queries of a layer see of a cache."""
     kind = layer.attention.kind
     layout = cache_format.of_kind(cfg, kind)
     norm = layer.attention.k_norm
     scale = None if layout == "plain" or norm is None else norm.scale[...]
-    return View(parts, positions_PS, rows, scale, cfg, kind, layout)
+    return View(parts, positions_PS, rows, scale, fresh, cfg, kind, layout)
 
 
 def fill_block(

@@ -110,9 +110,11 @@ def slot_of(positions_BT: jax.Array, size: int) -> jax.Array:
     return jnp.where(keep, positions_BT % size, size)
 
 
-def write_positions(slots_BS: jax.Array, slot_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """The positions of slots with new ones where `slot_of` says."""
-    return _put(slots_BS, None, slot_BT, positions_BT, ("batch", "slots"))
+def write_positions(
+    slots_BS: jax.Array, slot_BT: jax.Array, positions_BT: jax.Array, rows: jax.Array | None = None
+) -> jax.Array:
+    """The positions of slots with new ones where `slot_of` says, of all rows or of the named ones."""
+    return _put(slots_BS, rows, slot_BT, positions_BT, ("batch", "slots"))
 
 
 def write(
@@ -159,12 +161,33 @@ def _local(index: jax.Array, size: int, axes: tuple[str, ...]) -> jax.Array:
     return jnp.where((local >= 0) & (local < size), local, size)  # a negative index would count from the end
 
 
+FEW = 16
+"""Rows whose one token each is written by itself."""
+
+
 def _put_here(old: jax.Array, rows: jax.Array | None, slot_BT: jax.Array, new: jax.Array) -> jax.Array:
-    rows = jnp.arange(slot_BT.shape[0]) if rows is None else rows
-    row = jnp.broadcast_to(rows[:, None], slot_BT.shape)
-    if old.ndim == 2:
-        return old.at[row, slot_BT].set(new, mode="drop")
-    return old.at[row, :, slot_BT].set(new, mode="drop")
+    """As `_put` on one device. One token of few rows: slices written in place, where one is out of range with what was there.
+
+    XLA makes of a scatter on CPU a loop with copies of what it writes to.
+    """
+    count, length = slot_BT.shape
+    rows = jnp.arange(count, dtype=jnp.int32) if rows is None else rows
+    slots_at = 1 if old.ndim == 2 else 2
+    if length > 1 or count > FEW:
+        row = jnp.broadcast_to(rows[:, None], slot_BT.shape)
+        at = (row, slot_BT) if old.ndim == 2 else (row, slice(None), slot_BT)
+        return old.at[at].set(new, mode="drop")
+    shape = (1, *old.shape[1:slots_at], 1, *old.shape[slots_at + 1 :])
+
+    def one(b: int | jax.Array, old: jax.Array) -> jax.Array:
+        row, slot = rows[b], slot_BT[b, 0]
+        begin = [jnp.int32(0)] * old.ndim
+        begin[0], begin[slots_at] = row, slot
+        inside = (row < old.shape[0]) & (slot < old.shape[slots_at])
+        after = jnp.where(inside, new[b].reshape(shape), jax.lax.dynamic_slice(old, begin, shape))
+        return jax.lax.dynamic_update_slice(old, after, begin)
+
+    return one(0, old) if count == 1 else jax.lax.fori_loop(0, count, one, old)
 
 
 def write_rows(parts: dict[str, Codes], chunk: Chunk, new: dict[str, Codes], *, ordered: bool) -> dict[str, Codes]:

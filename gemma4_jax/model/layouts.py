@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from gemma4_jax.config import LayerKind, ModelConfig
 from gemma4_jax.errors import UserError
-from gemma4_jax.kernels.cached import Codes
+from gemma4_jax.kernels.cached import Codes, Fresh
 from gemma4_jax.model.rope import rotate, rotation
 
 Layout = Literal["plain", "unified", "rotate_on_read"]
@@ -116,6 +116,7 @@ class View:
         parts: as `blank` makes them.
         positions: int32 [P, S], -1 where empty, of the rows that are looked at.
         rows: int32 [P], the rows of `parts` the queries belong to; None: all, in order.
+        fresh: the queries' own tokens, where they are not among the parts yet.
         key_scale: [H], what the layer's keys were scaled with, where keys are not stored.
         cfg, kind, layout: how the parts are to be read.
     """
@@ -124,14 +125,10 @@ class View:
     positions: jax.Array
     rows: jax.Array | None
     key_scale: jax.Array | None
+    fresh: Fresh | None
     cfg: ModelConfig = dataclasses.field(metadata={"static": True})
     kind: LayerKind = dataclasses.field(metadata={"static": True})
     layout: Layout = dataclasses.field(metadata={"static": True})
-
-    @property
-    def ordered(self) -> bool:
-        """Whether slot s holds position s or nothing: in full layers, whose caches are as long as the text may be."""
-        return self.cfg.window(self.kind) is None
 
     def queries(self, q_BTNH: jax.Array) -> tuple[jax.Array, ...]:
         """The parts of rotated queries that multiply the parts of `keys`."""
