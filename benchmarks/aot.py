@@ -182,7 +182,8 @@ def _cells(row: Row, numbers: dict) -> tuple[str, ...]:
         f"{numbers['estimated'] / total - 1:+.0%}",
         f"{total / GiB / row.peer:.2f}" if row.peer else "",
         ", ".join(kernels),
-        f"{numbers['model_flops'] / numbers['flops']:.2f}",
+        # A product with one row is no matmul to XLA, and not counted.
+        f"{numbers['model_flops'] / numbers['flops']:.2f}" if numbers["model_flops"] <= 1.05 * numbers["flops"] else "",
         numbers["binding"],
         percent(numbers["mfu_bound"]),
         f"{numbers['compile_seconds']:.0f}",
