@@ -9,6 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,7 +52,7 @@ def main() -> None:
     print(table(header, rows))
 
 
-def compare(cfg: ModelConfig, name: str, remat: str, batch, steps: int) -> tuple:
+def compare(cfg: ModelConfig, name: Any, remat: str, batch, steps: int) -> tuple:
     """Medians, peaks and their ratios of SFT and of QAT with the policy of that name."""
     model = init(cfg)
     quantised = policy.apply(model, policy.QuantConfig(policy=name))

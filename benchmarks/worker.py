@@ -21,10 +21,10 @@ def serve(facts: Answer, step: Callable[[], float]) -> None:
         start = time.perf_counter()
         loss = step()
         seconds = time.perf_counter() - start
-        print(json.dumps({**facts, "seconds": seconds, "loss": loss, "peak_gb": _peak_gb()}), flush=True)
+        print(json.dumps({**facts, "seconds": seconds, "loss": loss, "peak_gb": peak_gb()}), flush=True)
 
 
-def _peak_gb() -> float | None:
+def peak_gb() -> float | None:
     """Most resident memory in 10^9 bytes; None without /proc. (getrusage would count what the parent held at exec.)"""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []

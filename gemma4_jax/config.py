@@ -144,7 +144,7 @@ class ModelConfig:
             raise UserError(f"top_k_experts={self.top_k_experts} must lie in 1..num_experts={self.num_experts}.")
 
     @classmethod
-    def variant(cls, name: str, *, multimodal: bool = False, **overrides: Any) -> "ModelConfig":
+    def variant(cls, name: str, *, multimodal: Any = False, **overrides: Any) -> "ModelConfig":
         """A published variant (`e2b e4b 26b_a4b 31b`) or its tiny twin (`tiny_e2b` ...), with fields replaced.
 
         `multimodal` adds the variant's vision and audio towers; without them it is the text model.

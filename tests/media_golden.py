@@ -1,4 +1,7 @@
 """The multimodal fixtures as the tests use them: prompts made of our own pieces, from the same seeds (golden/media_inputs.py)."""
+# numpy arrays and doubles stand in for what the code is typed with:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false, reportMissingImports=false
 
 import functools
 import json

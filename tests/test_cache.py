@@ -1,4 +1,7 @@
 """What caches store, read and cost: layouts, 8 bits, blocks of slots, chunks written to rows, bytes."""
+# numpy arrays and doubles stand in for what the code is typed with:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false, reportMissingImports=false
 
 import dataclasses
 import functools

@@ -264,7 +264,7 @@ def test_config_numbers_that_no_model_has(directory):
     config = json.loads((directory / "config.json").read_text())
     config["num_key_value_heads"] = 0
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"num_key_value_heads is a whole number from 1"):
         load(directory)
 
 

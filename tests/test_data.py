@@ -34,7 +34,7 @@ def load(processor):
     loaders: list[Loader] = []
 
     def make(config: DataConfig, **where: int) -> Loader:
-        loaders.append(make_loader(config, processor, **where))
+        loaders.append(make_loader(config, processor, **where))  # pyright: ignore[reportArgumentType]
         return loaders[-1]
 
     yield make

@@ -1,4 +1,7 @@
 """The engine against one forward pass; requests beside others, streamed, from a kept beginning; what compiles; what is freed."""
+# numpy arrays and doubles stand in for what the code is typed with:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false, reportMissingImports=false
 
 import contextlib
 import dataclasses
@@ -248,6 +251,7 @@ def test_nothing_compiles_after_warm_up():
     machine.warm_up()
     rng = np.random.default_rng(3)
     shared = rng.integers(3, 128, 40).tolist()
+    bound = jax.device_put(model_of("tiny_e2b", seed=2), jax.devices()[0])  # as weights are that were loaded
     with compilations() as compiled:
         requests = []
         for i in range(40):
@@ -260,10 +264,10 @@ def test_nothing_compiles_after_warm_up():
             requests.append(Request(tokens, new, rule, i, 0, stops, constraint=constraint))
         first, rest = requests[:5], requests[5:]
         run(machine, first)
-        machine.update(map_arrays(lambda _, variable: variable.get_value() * 0.5, model_of("tiny_e2b")))
-        before = len(compiled)  # new weights are sliced anew, and multiplied here
+        assert compiled == []
+        machine.update(bound)
         running = run(machine, rest)
-        assert len(compiled) == before
+        assert compiled == []
         assert any(one.reused for one in running)
 
 
@@ -332,8 +336,11 @@ def test_bfloat16_weights_decode_in_float32_on_cpu_and_tables_are_shared():
     decoder = decoder_of(map_arrays(lambda name, _: arrays(model_of("tiny_26b_a4b"))[name], model))
     assert {str(module.w.get_value().dtype) for _, module in policy.quantisable(decoder)} == {"float32"}
     assert decoder.compute_dtype == "float32"
-    model = model_of("tiny_e2b")
-    assert decoder_of(model).embed.w.get_value() is model.embed.w.get_value()
+    tables = [
+        part.embed.w.get_value().unsafe_buffer_pointer()
+        for part in (model_of("tiny_e2b"), decoder_of(model_of("tiny_e2b")))
+    ]
+    assert tables[0] == tables[1]
 
 
 def test_weights_that_are_needed_for_nothing_else_exist_once():

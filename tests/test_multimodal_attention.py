@@ -1,4 +1,7 @@
 """Attention in which the tokens of an image see the whole image: XLA's kernels against the reference mask, with gradients."""
+# numpy arrays and doubles stand in for what the code is typed with:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false, reportMissingImports=false
 
 import jax
 import jax.numpy as jnp

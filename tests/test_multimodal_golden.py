@@ -2,6 +2,9 @@
 
 Fixtures and tolerances with their reasons: tests/golden/README.md and expected.json.
 """
+# numpy arrays and doubles stand in for what the code is typed with:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportReturnType=false, reportMissingImports=false
 
 import functools
 import itertools

@@ -33,7 +33,7 @@ from gemma4_jax.infer.steps import (
     finish_prompts,
     read_chunk,
 )
-from gemma4_jax.infer.weights import decoder_of
+from gemma4_jax.infer.weights import decoder_of, placed
 from gemma4_jax.model.decode import Decoder
 from gemma4_jax.model.kv import CACHE_DIMS, Cache, Chunk, empty_cache
 from gemma4_jax.model.layouts import CacheFormat
@@ -256,12 +256,12 @@ class Engine:
         """A longer cache. A slot's tokens keep their places: of full layers slot s holds position s, and rings only grow as
         long as they have not wrapped."""
         decoder = self._ready()
-        fresh = _empty(self.cfg, self.slots, length, str(decoder.compute_dtype), self.format)
+        fresh = placed(_empty(self.cfg, self.slots, length, str(decoder.compute_dtype), self.format))
         if self._cache is not None and not self.idle:
             fresh = _copied(self._cache, fresh)
         self._cache = fresh
         if self._progress is None:
-            self._progress = Progress.idle(self.slots)
+            self._progress, self._all_allowed = placed((Progress.idle(self.slots), self._all_allowed))
 
     def _admit(self) -> None:
         """Waiting requests go to free slots."""
@@ -298,6 +298,7 @@ class Engine:
         last, left, ends = np.zeros(pieces, np.int32), np.zeros(pieces, np.int32), np.full(pieces, self.slots, np.int32)
         for i, (running, size) in enumerate(zip(chosen, sizes, strict=True)):
             request = running.request
+            assert running.slot is not None
             rows[i], first[i], count[i], fresh[i] = running.slot, running.read, size, running.read == 0
             tokens[i, :size] = request.tokens[running.read : running.read + size]
             last[i] = tokens[i, size - 1]
@@ -307,6 +308,8 @@ class Engine:
         h, after = self._read_chunk(Chunk(tokens, rows, first, count, fresh))
         for running in chosen:
             if running.read in running.cuts:
+                assert self._cache is not None
+                assert running.slot is not None
                 self.prefixes.keep(self._cache, running.slot, running.request.tokens[: running.read])
         if (ends < self.slots).any():
             position = np.where(ends < self.slots, first + count - 1, NOTHING).astype(np.int32)
@@ -319,6 +322,7 @@ class Engine:
         return min([left, *(cut - running.read for cut in running.cuts if cut > running.read)])
 
     def _read_chunk(self, chunk: Chunk):
+        assert self._cache is not None
         self._cache, h, after = read_chunk(self._ready(), self._cache, chunk, self.format)
         return h, after
 
@@ -333,6 +337,8 @@ class Engine:
         pieces = len(ends.rows)
         ending = [running if row < self.slots else None for running, row in zip(chosen, ends.rows, strict=False)]
         masks = Masks(masks_of([*ending, *[None] * (pieces - len(ending))], self.cfg.vocab_size), _minds(ending))
+        assert self._cache is not None
+        assert self._progress is not None
         self._progress, token, logprob = finish_prompts(
             decoder, self._cache, h, after, ends, self._progress, self._at.of(ends.rows), masks, self.format
         )
@@ -345,7 +351,9 @@ class Engine:
         alone = len(writing) == 1 if alone is None else alone
         rows = np.asarray(writing[:1] or [0], np.int32) if alone and self.slots > 1 else None
         minds = _minds([running[slot] for slot in writing])
-        words = masks_of(running, self.cfg.vocab_size) if minds else self._all_allowed
+        words = self._all_allowed
+        if minds:
+            words = jax.device_put(masks_of(running, self.cfg.vocab_size), words.sharding)
         self._cache, self._progress, tokens, logprobs = decode_steps(
             self._ready(),
             self._cache,
@@ -375,6 +383,7 @@ class Engine:
                 assert slot is not None
                 self._at.leave(slot)
                 if self.prefixes.budget and place == len(new) - 1:
+                    assert self._cache is not None
                     # The newest token is not in the cache yet.
                     written = [*running.request.tokens, *running.tokens[:-1]]
                     self.prefixes.keep(self._cache, slot, written)
@@ -383,7 +392,7 @@ class Engine:
 
 
 def _minds(running: Sequence[Running | None]) -> np.ndarray:
-    return np.bool_(any(one is not None and one.request.constraint is not None for one in running))
+    return np.asarray(any(one is not None and one.request.constraint is not None for one in running))
 
 
 @jax.jit

@@ -115,7 +115,7 @@ def rounded(count: int, most: int) -> int:
 def take(cache: Cache, slot: np.ndarray, cfg: ModelConfig, size: int) -> tuple[tuple[Stored, ...], jax.Array]:
     """What a slot stores: all of sliding layers' rings, the first `size` slots of full layers; positions in the ring."""
 
-    def one(x: jax.Array, kind: LayerKind) -> jax.Array:
+    def one(x: jax.Array, kind: str) -> jax.Array:
         bits = jax.lax.dynamic_index_in_dim(as_bits(x), slot, 0, keepdims=False)
         bits = bits if kind == "sliding" else jax.lax.slice_in_dim(bits, 0, size, axis=1)
         return from_bits(bits, x.dtype)

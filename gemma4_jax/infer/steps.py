@@ -175,9 +175,12 @@ def finish(
             own = cfg.num_hidden_layers - cfg.num_kv_shared_layers
             tokens = jnp.asarray(ends.tokens)[:, None]
             inputs = per_layer(tokens, embed.lookup(tokens, h.dtype))[own:, :, 0]
-        h = last_through(shared, sources, h, inputs, after, jnp.asarray(ends.position), ends.rows, cfg, cache_format)
+        h = last_through(
+            shared, sources, h, inputs, after, jnp.asarray(ends.position), jnp.asarray(ends.rows), cfg, cache_format
+        )
     logits = head(embed, cfg, norm(h))
-    pieces = Progress(jnp.zeros_like(ends.tokens), ends.position, ends.left == 0, ends.left)
+    position, left = jnp.asarray(ends.position), jnp.asarray(ends.left)
+    pieces = Progress(jnp.zeros_like(position), position, left == 0, left)
     new, token, logprob = _extend(pieces, logits, controls, controls.keys(), masks)
     merged = jax.tree.map(lambda old, new: old.at[ends.rows].set(new, mode="drop"), progress, new)
     return merged, token, logprob
@@ -223,7 +226,8 @@ def decode_steps(
     whole = dataclasses.replace(progress, done=progress.done | ended_B)
     progress = whole
     if rows is not None:
-        progress, controls, masks = (_rows(x, jnp.asarray(rows)) for x in (progress, controls, masks))
+        at = jnp.asarray(rows)
+        progress, controls, masks = _rows(progress, at), _rows(controls, at), _rows(masks, at)
     keys, before = controls.keys(), progress.done
 
     def goes_on(carry):
@@ -246,7 +250,7 @@ def decode_steps(
     return cache, progress, tokens, logprobs
 
 
-R = TypeVar("R", Progress, Controls, Masks)
+R = TypeVar("R")
 
 
 def _rows(arrays: R, rows: jax.Array) -> R:

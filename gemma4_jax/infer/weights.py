@@ -1,9 +1,11 @@
 """A model's weights as decoding reads them: layer by layer, rounded to their grids, in the dtype that multiplies fastest."""
 
 import functools
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma4_jax.model.decode import Decoder, unroll
 from gemma4_jax.model.embed import Embedding
@@ -43,9 +45,28 @@ def decoder_of(model: Transformer, *, consume: bool = False) -> Decoder:
             module.w.get_value().delete()
         return new
 
-    decoder = in_use(unroll(jax.tree.map(ready, model, is_leaf=_is_weight), consume=consume))
+    decoder = placed(in_use(unroll(jax.tree.map(ready, model, is_leaf=_is_weight), consume=consume)))
     decoder.compute_dtype = dtype
     return decoder
+
+
+T = TypeVar("T")
+
+
+def placed(tree: T) -> T:
+    """Arrays bound to the device they are on, or to the whole mesh that is set, without a copy.
+
+    A program is compiled once for arrays that are bound to a device and once more for those that merely happen to be there, as
+    fresh ones are; what a program returns is bound. So everything is bound from the start.
+    """
+    mesh = jax.sharding.get_mesh()
+
+    def bound(x: jax.Array) -> jax.Array:
+        if mesh.empty:
+            return jax.device_put(x, next(iter(x.devices())))
+        return x if len(x.devices()) > 1 else jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(bound, tree)
 
 
 def _is_weight(node: object) -> bool:

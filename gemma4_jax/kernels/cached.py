@@ -8,7 +8,7 @@ For inference: no derivative is defined.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ class Codes(NamedTuple):
 
     def read(self, start: int | jax.Array, size: int, rows: jax.Array | None) -> "Codes":
         """`size` slots from `start` of all rows, or of the named ones [P]."""
-        return Codes(*(None if x is None else _slots(x, start, size, rows) for x in self))
+        scale = None if self.scale is None else _slots(self.scale, start, size, rows)
+        return Codes(_slots(self.values, start, size, rows), scale)
 
 
 class Fresh(NamedTuple):
@@ -120,7 +121,7 @@ def _nothing(queries: tuple[jax.Array, ...], values: Codes) -> _Sums:
 
 def _add(sums: _Sums | None, queries, keys: tuple[Codes, ...], values: Codes, bias_BTS: jax.Array) -> _Sums:
     """The softmax sums with one more block of keys."""
-    scores = None
+    scores: Any = None
     for q, key in zip(queries, keys, strict=True):
         part = jnp.einsum("BKRW,BKSW->BKRS", q, key.values.astype(q.dtype), preferred_element_type=jnp.float32)
         part = part if key.scale is None else part * key.scale[:, :, None]

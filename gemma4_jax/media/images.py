@@ -62,7 +62,9 @@ def pixels_of(source: Any, root: Path | None = None, where: str = "The image") -
             raise MediaError("not an image", text) from None
         except MediaError:
             raise
-        except Exception as error:  # of a broken file Pillow's readers raise anything: OSError, SyntaxError, struct.error
+        except (
+            Exception
+        ) as error:  # of a broken file Pillow's readers raise anything: OSError, SyntaxError, struct.error
             text = f"{where}: {name_of(file)} is damaged ({type(error).__name__}: {error})."
             raise MediaError("damaged image", text) from error
 

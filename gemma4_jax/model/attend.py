@@ -14,6 +14,7 @@ sequence, and all heads of its share of the slots of a cache.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def _to_cache(q_BTNH: jax.Array, view: View, positions_BT: jax.Array, window: in
         return jax.lax.dynamic_slice_in_dim(out, jax.lax.axis_index(TENSOR) * mine, mine, axis=2)
 
     of_parts = jax.tree.map(lambda x: PartitionSpec(*spec[: x.ndim]), parts)
-    of_pos = PartitionSpec(q_spec[0], None), PartitionSpec(spec[0], spec[2])
+    of_pos: Any = PartitionSpec(q_spec[0], None), PartitionSpec(spec[0], spec[2])
     of_scale = None if view.key_scale is None else PartitionSpec(None)
     of_fresh = None
     if view.fresh is not None:

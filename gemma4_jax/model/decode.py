@@ -6,6 +6,7 @@ of layers: all blocks of a stack are one compiled program, and the weights exist
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ NEVER = 1e38
 """No hidden state behind the final norm is as large."""
 
 
-def _heads_first(x_BTK: jax.Array | None) -> jax.Array | None:
+def _heads_first(x_BTK: Any) -> Any:
     return None if x_BTK is None else jnp.moveaxis(x_BTK, 1, 2)
 
 

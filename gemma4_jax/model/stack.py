@@ -95,6 +95,7 @@ class LayerStack(nnx.Module):
             else:
                 source = lambda k, v: KV(k, v, places.positions, places.segment_ids)  # noqa: E731
             h, kv, load = layer(h, per_layer, places, source)
+            assert isinstance(kv, KV)  # what `source` made; views are for decoding
             kept = collect(kind, kv.k, kv.v) if collect is not None else None
             return constrain(h, "batch", "length", None), ((kv.k, kv.v) if hand_on else None), Kept(kept, load)
 

@@ -83,7 +83,10 @@ def work(totals: Totals, result: Roofline) -> str:
         ("model TFLOP", teraflops(result.model_flops)),
         ("executed TFLOP", teraflops(totals.flops)),
         ("  of these in kernels", teraflops(totals.kernel_flops)),
-        ("model / executed", f"{result.model_flops / totals.flops:.3f}" if result.model_flops <= 1.05 * totals.flops else None),
+        (
+            "model / executed",
+            f"{result.model_flops / totals.flops:.3f}" if result.model_flops <= 1.05 * totals.flops else None,
+        ),
         ("HBM GiB", gib(totals.hbm_bytes)),
         ("host GiB", gib(totals.host_bytes)),
         ("network GiB sent", gib(sum(totals.wire_bytes.values()))),
