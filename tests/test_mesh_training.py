@@ -1,6 +1,7 @@
 """Whole models on a mesh of 8 devices: the loss, every gradient and every answer of one device."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,9 +109,9 @@ def loss_and_gradients(name: str, task: str, mesh: jax.sharding.Mesh | None):
         model = with_arrays(model, {**arrays(model), **{key: x + STATIC_SCALE for key, x in scales(model).items()}})
     if mesh is not None:
         place = parameter_shardings(mesh)
+        both: Any = model, teacher
         model, teacher = (
-            map_arrays(lambda path, v: jax.device_put(v.get_value(), place(path, v)), each)
-            for each in (model, teacher)  # pyright: ignore[reportArgumentType]
+            map_arrays(lambda path, v: jax.device_put(v.get_value(), place(path, v)), each) for each in both
         )
     batch = batch_of(model.cfg.vocab_size)
     distill = 0.5 if task in QUANT else 0.0
