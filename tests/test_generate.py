@@ -157,7 +157,8 @@ def test_a_stream_gives_the_same_text_in_whole_characters():
         beside.completion().tokens
         == sampler().generate(ids_of(9), max_new_tokens=NEW, temperature=0.0, stop=[])[0].tokens
     )
-    with sampler().stream(ids_of(20)[0], max_new_tokens=NEW, temperature=0.0, stop=[]) as ids:
+    # More than two calls of the decoder's program, or everything is written before anybody leaves.
+    with sampler().stream(ids_of(20)[0], max_new_tokens=76, temperature=0.0, stop=[]) as ids:
         assert [token for token, _ in zip(ids.tokens(), range(7), strict=False)] == greedy().tokens[:7]
     assert ids.running.reason == "cancelled"
     assert sampler().engine.idle
