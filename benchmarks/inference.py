@@ -103,13 +103,17 @@ def _measure(
 
 
 def _same_tokens(name: str, tokens: dict[str, list[list[int]]], *, exact: bool) -> None:
-    """UserError unless the sides agree; bfloat16 may part where two tokens are nearly as likely."""
+    """UserError unless the sides agree on most tokens.
+
+    With random weights two tokens are nearly as likely now and then, and rounding decides; from there on a row goes another way.
+    Other weights or a wrong layer agree on none.
+    """
     ours, *others = tokens.values()
     for theirs in others:
         agree = np.mean(np.asarray(ours) == np.asarray(theirs))
-        if agree < (1.0 if exact else 0.3):
+        if agree < (least := 0.7 if exact else 0.2):
             raise UserError(
-                f"{name}: {agree:.0%} of the greedy tokens of both sides are the same; all must be, in float32."
+                f"{name}: {agree:.0%} of the greedy tokens of both sides are the same; wanted {least:.0%} at least."
             )
 
 

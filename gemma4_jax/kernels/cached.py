@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from gemma4_jax.kernels.blockwise import FLOOR, HIDDEN
 
-BLOCK, STEP_BLOCK = 512, 256
+BLOCK, STEP_BLOCK = 512, 128
 """Slots looked at together, by many queries and by few. A token's slot is its position modulo the number of slots, so slots
 beyond the newest position are empty, in a ring too."""
 
