@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.train import MODELS, PEERS, compare
+from benchmarks.train import MODELS, PEERS, ROWS, compare
 from gemma4_jax.errors import UserError
 
 
@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, not how fast")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument("--steps", type=int, choices=range(1, 100), metavar="N", default=5, help="timed, by each side")
+    parser.add_argument("--rows", type=int, choices=range(1, 100), metavar="N", default=ROWS, help="of the batch")
     parser.add_argument(
         "--peer",
         action="append",
@@ -33,7 +34,8 @@ def main() -> None:
     if "transformers" not in peers:
         print("Without transformers: there is no .venv-parity-*. `make parity` makes it; --peer names another.")
     try:
-        compare(options.models, quick=options.quick, steps=options.steps, peers=peers, save=options.save)
+        size = {"quick": options.quick, "steps": options.steps, "rows": options.rows}
+        compare(options.models, **size, peers=peers, save=options.save)
     except UserError as error:
         sys.exit(f"benchmarks: {error}")
 

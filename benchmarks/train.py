@@ -31,11 +31,13 @@ PEERS = {
     "gemma": "benchmarks.peer_gemma",
 }
 """What a peer is called on the command line, and its side."""
+ROWS = 2
+"""Of 512 tokens. Four sides at once do not fit in 24 GB: one peer at a time."""
 TOLERANCE = 1e-4
 """Relative difference of the first losses: rounding in float32 gives about 1e-7, another model or batch 1e-2."""
 
 
-def compare(names: list[str], *, quick: bool, steps: int, peers: dict[str, Path], save: bool) -> None:
+def compare(names: list[str], *, quick: bool, steps: int, rows: int, peers: dict[str, Path], save: bool) -> None:
     """Prints one table and the ratios to each peer (name -> its Python); UserError if two sides differ in their loss."""
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     busy = "; TOO BUSY for the numbers to mean much" * (load > 0.75 * cores)
@@ -45,8 +47,10 @@ def compare(names: list[str], *, quick: bool, steps: int, peers: dict[str, Path]
     records, notes = [], []
     for name in names:
         command = f"python -m benchmarks{' --quick' * quick} --models {name} --steps {steps}"
+        command += f" --rows {rows}" * (rows != ROWS)
         command += "".join(f" --peer {peer}=PYTHON" for peer in peers)
-        found = [{"by": by, "command": command, **record} for by, record in _measure(name, quick, steps, sides).items()]
+        measured = _measure(name, quick, steps, rows, sides)
+        found = [{"by": by, "command": command, **record} for by, record in measured.items()]
         ours, *others = found
         ratios = [f"{other['median_s'] / ours['median_s']:.2f} times as fast as {other['by']}" for other in others]
         notes.append(f"{name}: {', '.join(ratios) or 'not compared'}; {command}")
@@ -57,10 +61,14 @@ def compare(names: list[str], *, quick: bool, steps: int, peers: dict[str, Path]
     if save:
         path = Path(__file__).parent / "results" / ("train_quick.json" if quick else "train.json")
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"cores": cores, "load_average": load, "records": records}, indent=1) + "\n")
+        kept = json.loads(path.read_text())["records"] if path.exists() else []  # of other peers and models
+        commands = {record["command"] for record in records}
+        kept = [record for record in kept if record["command"] not in commands]
+        records = [{"load_average": load, **record} for record in records]
+        path.write_text(json.dumps({"cores": cores, "records": kept + records}, indent=1) + "\n")
 
 
-def _measure(name: str, quick: bool, steps: int, sides: dict[str, tuple[str, str]]) -> dict[str, Answer]:
+def _measure(name: str, quick: bool, steps: int, rows: int, sides: dict[str, tuple[str, str]]) -> dict[str, Answer]:
     """A record for each side. The first step compiles and is compared, not timed with the others.
 
     Steps come in pairs, and the second is timed. While the other side works, a side's freed memory goes back to the
@@ -69,7 +77,7 @@ def _measure(name: str, quick: bool, steps: int, sides: dict[str, tuple[str, str
     """
     variant, sizes = MODELS[name]
     cfg = ModelConfig.variant(variant, **sizes | (_QUICK if quick else {}))
-    tokens = np.random.default_rng(0).integers(3, cfg.vocab_size, (2, 64 if quick else 512), np.int32)
+    tokens = np.random.default_rng(0).integers(3, cfg.vocab_size, (rows, 64 if quick else 512), np.int32)
     with contextlib.ExitStack() as stack:
         checkpoint = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         save_hf(init(cfg), checkpoint, dtype="float32")
