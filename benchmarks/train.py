@@ -33,8 +33,10 @@ PEERS = {
 """What a peer is called on the command line, and its side."""
 ROWS = 2
 """Of 512 tokens. Four sides at once do not fit in 24 GB: one peer at a time."""
-TOLERANCE = 1e-4
-"""Relative difference of the first losses: rounding in float32 gives about 1e-7, another model or batch 1e-2."""
+TOLERANCE = {"dense": 1e-4, "moe": 1e-3}
+"""Relative difference of the first losses: rounding gives about 1e-7, another model or batch 1e-2. Where a router with random
+weights finds two experts nearly equal, rounding decides: transformers in float64 says 10.8769 for a row of `moe`, in float32
+10.8757, Tunix and gemma 10.8748, we 10.8768."""
 
 
 def compare(names: list[str], *, quick: bool, steps: int, rows: int, peers: dict[str, Path], save: bool) -> None:
@@ -87,7 +89,7 @@ def _measure(name: str, quick: bool, steps: int, rows: int, sides: dict[str, tup
         losses = {by: first["loss"] for by, (first,) in answers.items()}
         ours = losses["gemma4_jax"]
         for by, loss in losses.items():
-            if not abs(ours - loss) <= TOLERANCE * abs(loss):  # NaN fails too
+            if not abs(ours - loss) <= TOLERANCE[name] * abs(loss):  # NaN fails too
                 raise UserError(
                     f"{name}: the first loss is {ours:.6f} here and {loss:.6f} in {by}; it must be the same."
                 )
