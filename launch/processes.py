@@ -8,18 +8,26 @@ import jax
 
 from gemma4_jax.errors import UserError
 from gemma4_jax.sharding import MeshConfig
+from launch.cluster import Cluster
 from launch.settings import ProcessesSection
 
 
-def join(section: ProcessesSection) -> int:
-    """Connects this process with the others of the run, before anything touches a device; returns its index."""
+def join(section: ProcessesSection, cluster: Cluster) -> int:
+    """Meets the others of the run before anything touches a device; returns which process this is."""
+    options: dict[str, Any] = {}
+    if cluster.coordinator is not None:  # else JAX asks Slurm, Open MPI 4 or the TPU runtime itself
+        options = {
+            "coordinator_address": cluster.coordinator,
+            "num_processes": cluster.count,
+            "process_id": cluster.index,
+        }
+    if cluster.alone:  # nothing else in the environment counts
+        options |= {"local_device_ids": cluster.local_device, "cluster_detection_method": "deactivate"}
     try:
         jax.distributed.initialize(
-            section.coordinator,
-            section.count,
-            section.index,
             initialization_timeout=section.meet_seconds,
             heartbeat_timeout_seconds=section.heartbeat_seconds,
+            **options,
         )
     except (RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]

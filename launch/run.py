@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from gemma4_jax.errors import Preempted, UserError
-from launch import settings
+from launch import cluster, settings
 from launch.overrides import CommandLine, apply_overrides, read_command_line
 from launch.record import keep_config, summary
 from launch.usage import usage
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         quiet_libraries()
-        first = not isinstance(run, settings.TrainRun) or _join(run) == 0
+        first = _meet(run) == 0
         if first:
             print(f"{run.task}  {command.config}\n{summary(run)}", flush=True)
         keep_config(run, write=first)
@@ -113,13 +113,16 @@ def _module(path: Path) -> Any:
     return module
 
 
-def _join(run: settings.TrainRun) -> int:
-    """Meets the other processes of the run, if there are any; which one this is."""
-    if not run.processes.auto and run.processes.coordinator is None:
+def _meet(run: settings.Run) -> int:
+    """Which process of its run this is: training finds the others by itself, tasks that ask a model refuse to be several."""
+    if isinstance(run, settings.SampleRun | settings.EvalRun):
+        cluster.refuse_several(run.task)
+    others = cluster.of_run(run.processes) if isinstance(run, settings.TrainRun) else None
+    if others is None:  # without JAX, which takes seconds to import
         return 0
     from launch.processes import join
 
-    return join(run.processes)
+    return join(run.processes, others)
 
 
 def quiet_libraries() -> None:

@@ -75,7 +75,9 @@ class Run:
 class ProcessesSection:
     """The processes of one run, one a host: the same command on each, `index` apart. They find each other, then share `mesh`."""
 
-    auto: bool = option(False, "let JAX find the others (TPU pod slices, Slurm, Open MPI)", may_change=True)
+    auto: bool | None = option(
+        None, "look for the others (TPU slices, Slurm, Open MPI, GKE); none: join if there are any", may_change=True
+    )
     coordinator: str | None = option(None, "HOST:PORT of process 0, where nobody finds them", may_change=True)
     count: int | None = option(None, "how many, with coordinator", may_change=True)
     index: int | None = option(None, "which one this is, 0 to count - 1, with coordinator", may_change=True)

@@ -1,4 +1,7 @@
-"""Two processes as one run: the losses of one process, and checkpoints that either can go on from."""
+"""Two processes as one run: the losses of one process, and checkpoints that either can go on from.
+
+They find each other as they would under Slurm and as pods of a job, by `launch.run` alone; `launch.cluster` has the other places.
+"""
 
 import json
 import os
@@ -35,9 +38,9 @@ OPTIONS = [
 ]
 
 
-def start(workdir: Path, *options: str) -> subprocess.Popen:
+def start(workdir: Path, *options: str, **variables: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "launch.run", *OPTIONS, f"--config.workdir={workdir}", *options]
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **variables}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=PROJECT, env=env, text=True, stdout=pipe, stderr=pipe)
 
@@ -51,12 +54,24 @@ def finish(*processes: subprocess.Popen) -> list[str]:
     return outputs
 
 
-def run_two(workdir: Path) -> list[str]:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    options = [f"--config.processes.coordinator=localhost:{port}", "--config.processes.count=2"]
-    return finish(*(start(workdir, *options, f"--config.processes.index={index}") for index in range(2)))
+        return free.getsockname()[1]
+
+
+def as_pods(workdir: Path) -> list[str]:
+    """Two processes as an indexed job of Kubernetes starts them: the same command, and variables."""
+    told = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    return finish(*(start(workdir, **told, JOB_COMPLETION_INDEX=str(index)) for index in range(2)))
+
+
+def as_srun(workdir: Path) -> list[str]:
+    """Two processes as `srun --ntasks=2` starts them; JAX finds the rest from the name of the first node and the job's number."""
+    step = {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
+    step |= {"SLURM_JOB_ID": str(os.getpid()), "JAX_COORDINATOR_PORT": str(free_port())}
+    places = ({"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)} for index in range(2))
+    return finish(*(start(workdir, **step, **place) for place in places))
 
 
 def values(workdir: Path, name: str) -> list[float]:
@@ -75,7 +90,7 @@ def copied(source: Path, target: Path) -> Path:
 def test_two_processes_are_one_run_and_go_on_from_each_others_checkpoints(tmp_path: Path):
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start(one))
-    first, second = run_two(two)
+    first, second = as_srun(two)
     assert "mesh fsdp 2: 2 devices, 2 processes" in first
     assert "step 4/4" in first
     assert [line for line in second.splitlines() if not line.startswith("[Gloo]")] == [], "only process 0 speaks"
@@ -86,7 +101,7 @@ def test_two_processes_are_one_run_and_go_on_from_each_others_checkpoints(tmp_pa
     two_then_one, one_then_two = copied(two, tmp_path / "a"), copied(one, tmp_path / "b")
     (out,) = finish(start(two_then_one))
     assert "resumed after step 2 of 4" in out
-    assert "resumed after step 2 of 4" in run_two(one_then_two)[0]
+    assert "resumed after step 2 of 4" in as_pods(one_then_two)[0]
     for workdir in (two_then_one, one_then_two):
         np.testing.assert_allclose(values(workdir, "train/loss"), expected, rtol=1e-5)
 
