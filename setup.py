@@ -33,6 +33,20 @@ EXTRAS = {
     ],
     # Answers held to a JSON schema, a regular expression, a grammar, or a tool's arguments: token masks.
     "structured": ["llguidance>=1.9"],
+    # Weights & Biases beside TensorBoard (track.wandb).
+    "wandb": ["wandb>=0.22"],
+    # The notebooks, with their plots, and `make notebooks`, which runs them and makes pages of them.
+    "notebooks": [
+        "matplotlib>=3.10",  # plots
+        "ipykernel>=7",  # runs cells
+        "nbclient>=0.10",  # the same without a browser
+        "nbconvert>=7.16",  # pages
+        "llguidance>=1.9",  # the extra `structured`
+    ],
+    # Rows in Parquet files and in directories that `datasets` saved. (ArrayRecord comes with grain.)
+    "tables": ["pyarrow>=18"],
+    # Benchmarks of EleutherAI's harness on our models: `python -m launch.harness`.
+    "lm_eval": ["lm-eval>=0.4.9"],
     # The reference implementation, for tests/golden/generate.py and the tests marked `parity`. Pinned: the numbers are compared.
     "parity": [
         "torch==2.13.0",

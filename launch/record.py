@@ -12,7 +12,12 @@ from launch import schema, settings
 
 def summary(run: settings.Run) -> str:
     """The keys that differ from their defaults, one a line: what makes this run this run."""
-    chosen = _changed(schema.to_mapping(run), schema.default_mapping(type(run)))
+    defaults = known(type(run))
+    chosen = {
+        key: value
+        for key, value in flat(schema.to_mapping(run)).items()
+        if key != "task" and (key not in defaults or defaults[key] != value)
+    }
     width = max((len(key) for key in chosen), default=0)
     return "\n".join(f"  {key:<{width}}  {'none' if value is None else value}" for key, value in chosen.items())
 
@@ -49,7 +54,7 @@ def keep_config(run: settings.Run, write: bool = True) -> None:
 def _refuse_other_config(before: Mapping[str, Any], now: Mapping[str, Any], cls: type, path: Path) -> None:
     fields = {key: schema.field_of(owner, name) for key, owner, name in schema.paths(cls)}
     changing = {key for key, field in fields.items() if field.metadata.get("may_change")}
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     keys = [key for key in sorted(old.keys() | new.keys()) if key not in changing and old.get(key) != new.get(key)]
     if keys:
         listed = "; ".join(f"config.{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in keys)
@@ -58,19 +63,18 @@ def _refuse_other_config(before: Mapping[str, Any], now: Mapping[str, Any], cls:
         )
 
 
-def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    flat, known = _flat(values), _flat(json.loads(json.dumps(defaults)))
-    known |= {
-        f"eval_{key}": value for key, value in known.items() if key.startswith("data.")
-    }  # a section none by default
-    return {key: value for key, value in flat.items() if key != "task" and (key not in known or known[key] != value)}
+def known(cls: type) -> dict[str, Any]:
+    """Every default of a task, by dotted name; of sections that are none by default too."""
+    found = flat(json.loads(json.dumps(schema.default_mapping(cls))))
+    return found | {f"eval_{key}": value for key, value in found.items() if key.startswith("data.")}
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    found: dict[str, Any] = {}
     for key, value in mapping.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

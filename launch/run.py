@@ -117,9 +117,8 @@ def _meet(run: settings.Run) -> int:
     """Which process of its run this is: training finds the others by itself, tasks that ask a model refuse to be several."""
     if isinstance(run, settings.SampleRun | settings.EvalRun):
         cluster.refuse_several(run.task)
-    others = cluster.of_run(run.processes) if isinstance(run, settings.TrainRun) else None
-    if others is None:  # without JAX, which takes seconds to import
-        return 0
+    if not isinstance(run, settings.TrainRun) or (others := cluster.of_run(run.processes)) is None:
+        return 0  # without JAX, which takes seconds to import
     from launch.processes import join
 
     return join(run.processes, others)

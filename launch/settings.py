@@ -24,6 +24,8 @@ from gemma4_jax.train.loop import Remat, TrainConfig
 from gemma4_jax.train.optimizer import OptimConfig
 from launch import schema
 
+from gemma4_jax.train.recorder import TrackConfig
+from gemma4_jax.train.tracing import ProfileConfig
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
@@ -128,6 +130,18 @@ class QatRun(TrainRun):
     task: Literal["qat"] = option("qat", "which program")
     quant: QuantConfig = option(factory=QuantConfig, help="policy, distillation")
 
+    track: TrackConfig = option(factory=TrackConfig, help="who else sees the run: TensorBoard, Weights & Biases")
+    profile: ProfileConfig = option(factory=ProfileConfig, help="traces of single steps")
+
+    def __post_init__(self):
+        if self.lora is None:
+            return
+        if self.model.path is None:
+            raise UserError(
+                "config.lora trains adapters of a checkpoint, and config.model has none; set config.model.path."
+            )
+        if self.optim.train != OptimConfig().train:
+            raise UserError("config.lora moves adapters alone, which are the decoder's; leave config.optim.train out.")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRun(Run):

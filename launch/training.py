@@ -11,13 +11,8 @@ from gemma4_jax.checkpoint.steps import absolute, committed_steps
 from gemma4_jax.checkpoint.store import Store, model_meta
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.pipeline import DataConfig, Loader, make_loader
-from gemma4_jax.data.source import FileRows
 from gemma4_jax.errors import UserError
-from gemma4_jax.eval.exact_match import exact_match
 from gemma4_jax.eval.perplexity import evaluate_loss
-from gemma4_jax.eval.report import wrong_answers
-from gemma4_jax.infer.generate import Sampler
-from gemma4_jax.infer.prompts import conversation
 from gemma4_jax.mesh_choice import training_mesh
 from gemma4_jax.model.parameters import in_compute_dtype, map_arrays
 from gemma4_jax.model.transformer import Transformer
@@ -28,18 +23,18 @@ from gemma4_jax.quant.activations import scales
 from gemma4_jax.sharding import batch_share, check_batch, parameter_shardings, shape_of
 from gemma4_jax.train.calibration import calibrate
 from gemma4_jax.train.loop import Hooks, resume, train
-from gemma4_jax.train.metrics import Meter, Recorder, duration, si
+from gemma4_jax.train.metrics import Meter, duration, si
 from gemma4_jax.train.optimizer import optimizer, schedule
 from gemma4_jax.train.state import TrainState
+from gemma4_jax.train.recorder import Recorder
 from gemma4_jax.train.step import make_train_step
 from gemma4_jax.train.throughput import flops_per_token, peak_flops
 from launch.models import check_agreement, make_model, make_processor, model_config
 from launch.preflight import preflight
+from gemma4_jax.train.tracing import Tracer
+from launch import schema, watching
 from launch.processes import devices, on, voice
 from launch.settings import QatRun, TrainRun
-
-SAMPLES, SAMPLE_TOKENS = 2, 64
-"""Held-out conversations shown during training, and the most tokens of an answer."""
 
 
 def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainState:
@@ -48,6 +43,7 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     cfg = model_config(run.model)
     if cfg.is_multimodal:  # their gradients would be zero, and weight decay would still move them
         raise UserError(
+    watching.check(run)
             f"{run.model.path} has vision and audio towers, and training reads text only: set config.model.text_only=true to "
             "leave them out."
         )
@@ -130,7 +126,9 @@ def _train(
         distill_weight=distill.distill_weight if distill else 0.0,
         reverse_kl=distill.reverse_kl if distill else False,
     )
-    recorder = Recorder(workdir if jax.process_index() == 0 else None, done)
+    speaks = jax.process_index() == 0
+    recorder = Recorder(workdir, done, run.track, schema.to_mapping(run), speaks=speaks, begun=started)
+    tracer = Tracer(run.profile, workdir, write) if speaks else None
     try:
         state = train(
             run.train,
@@ -144,9 +142,12 @@ def _train(
             meta={"model": model_meta(template)},
             recorder=recorder,
             meter=Meter(
-                run.train.steps, flops_per_token(cfg, run.data.seq_len), peak_flops(1 if mesh is None else mesh.size)
+                run.train.steps,
+                flops_per_token(cfg, run.data.seq_len),
+                peak_flops(1 if mesh is None else mesh.size),
+                started,
             ),
-            hooks=Hooks(evaluate, _samples(run, cfg, processor), write),
+            hooks=Hooks(evaluate, watching.samples(run, cfg, processor), write, tracer),
         )
     finally:
         recorder.close()
@@ -220,21 +221,3 @@ def _teacher(
     check_agreement(teacher.cfg, processor)
     write(f"teacher: {run.quant.teacher}")
     return in_compute_dtype(policy.without(teacher), run.model.dtype)
-
-
-def _samples(run: TrainRun, cfg: ModelConfig, processor: Processor) -> Callable[[Transformer], str] | None:
-    """Answers to the first held-out conversations beside what the data say."""
-    if not run.train.sample_every or run.eval_data is None or run.eval_data.kind != "chat":
-        return None
-    rows = [conversation(row) for row, _ in zip(FileRows(run.eval_data.paths), range(SAMPLES), strict=False)]
-    prompts = [{**row, "messages": row["messages"][:-1]} for row in rows]
-    length = min(run.data.seq_len + SAMPLE_TOKENS, cfg.max_position_embeddings)
-
-    def sample(model: Transformer) -> str:
-        # Made anew each time: its unrolled copy of the weights should not outlive the answers. Nothing compiles again.
-        sampler = Sampler(model, processor, max_length=length, batch_size=SAMPLES)
-        answers = sampler.generate(prompts, max_new_tokens=SAMPLE_TOKENS, temperature=0.0)
-        found = exact_match(rows, lambda _: answers)
-        return f"samples: {found.overall.correct} of {found.overall.total} as wanted\n{wrong_answers(found.wrong)}".rstrip()
-
-    return sample

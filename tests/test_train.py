@@ -13,8 +13,9 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays
 from gemma4_jax.model.transformer import Transformer, abstract, init
-from gemma4_jax.train.metrics import Meter, Recorder, duration, si
+from gemma4_jax.train.metrics import Meter, duration, si
 from gemma4_jax.train.optimizer import OptimConfig, decays, optimizer, schedule, trainable_names
+from gemma4_jax.train.recorder import Recorder
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
 from gemma4_jax.train.throughput import flops_per_token

@@ -1,5 +1,6 @@
 """The training loop: data, step, log, evaluate, sample, save."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,8 @@ from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.options import option
 from gemma4_jax.sharding import place_batch
 from gemma4_jax.train.interruption import Notices, Watchdog
-from gemma4_jax.train.metrics import Meter, Recorder, Write, duration
+from gemma4_jax.train.metrics import Meter, Write, duration
+from gemma4_jax.train.recorder import Recorder
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import TrainStep
 
@@ -34,6 +36,9 @@ class TrainConfig:
     eval_batches: int | None = option(None, "held-out batches an evaluation reads; none: all", may_change=True)
     sample_every: int = option(0, "steps between printed samples; 0: none", may_change=True)
     save_every: int = option(0, "steps between checkpoints; 0: only after the last", may_change=True)
+    sample_prompts: tuple[str, ...] = option(
+        (), "what is asked then, before the first held-out conversations", may_change=True
+    )
     keep: int = option(2, "newest checkpoints that stay on disk", may_change=True)
     keep_best: bool = option(
         False, "evaluate at every save, and keep the checkpoint with the lowest loss too", may_change=True
@@ -72,7 +77,7 @@ class Batches(Iterator[dict[str, np.ndarray]], Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What the loop calls but does not know: evaluation and sampling of the model as it is, and where lines go."""
+    """What the loop calls but does not know: evaluation and sampling of the model as it is, traces, and where lines go."""
 
     evaluate: Callable[[Transformer], dict[str, float]] | None = None
     sample: Callable[[Transformer], str] | None = None
@@ -81,6 +86,7 @@ class Hooks:
 
 def resume(store: Store | None, state: TrainState, batches: Batches, *, verify: bool = True) -> TrainState:
     """The newest committed state, with `batches` moved to where it was taken; `state` itself when there is none."""
+    tracer: Tracer | None = None
     step = None if store is None else store.latest()
     if store is None or step is None:
         return state
@@ -147,7 +153,8 @@ def train(
                 break
             watchdog.beat(f"step {done + 1}")
             began = time.perf_counter()
-            state, metrics = step(state, place_batch(batch), teacher)
+            with contextlib.nullcontext() if hooks.tracer is None else hooks.tracer.step(done + 1):
+                state, metrics = step(state, place_batch(batch), teacher)
             if not compiled:
                 compiled = True
                 seconds = time.perf_counter() - began
@@ -172,7 +179,9 @@ def train(
                     hooks.write(f"eval {done:>{len(str(config.steps))}}/{config.steps}  {_listed(evaluated)}")
                     recorder.write(done, evaluated, prefix="eval")
                 if hooks.sample is not None and config.sample_every and due(config.sample_every):
-                    hooks.write(hooks.sample(state.model(template)))
+                    text = hooks.sample(state.model(template))
+                    hooks.write(text)
+                    recorder.text(done, "samples", text)
             if due(config.save_every):
                 watchdog.beat(f"saving step {done}")
                 save(place, evaluated)
@@ -182,6 +191,9 @@ def train(
                 break
         if done < config.steps:
             hooks.write(f"told to end after step {done} of {config.steps}")
+            if hooks.tracer is not None:
+                with watchdog.paused():
+                    meter.pause(hooks.tracer.done(done, metrics))
             if done > started:
                 save(place, None)
         watchdog.beat("writing the last checkpoint")
@@ -211,5 +223,7 @@ def _refuse_skipping(in_a_row: int, most: int, loss: float, step: int) -> None:
         )
 
 
+        if hooks.tracer is not None:
+            hooks.tracer.close(done)
 def _listed(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" if value < 1e4 else f"{name} {value:.0f}" for name, value in values.items())

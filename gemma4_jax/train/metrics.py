@@ -1,11 +1,11 @@
-"""Numbers of a run: one line for people, metrics.jsonl for programs, TensorBoard for plots."""
+"""Numbers of a run between two log lines, and the line."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
+
+from gemma4_jax.train.throughput import peak_memory
 
 Write = Callable[[str], None]
 
@@ -26,59 +26,16 @@ def si(value: float) -> str:
     return f"{value:.3g}"
 
 
-class Recorder:
-    """Appends scalars to `directory`/metrics.jsonl and TensorBoard's event file; without a directory to neither.
-
-    A run that resumes at `step` drops what an earlier process wrote past it, so that every step stands there once.
-    """
-
-    def __init__(self, directory: Path | None, step: int):
-        self._file = self._board = None
-        if directory is None:
-            return
-        from tensorboardX import SummaryWriter  # with protobuf, half a second
-
-        directory.mkdir(parents=True, exist_ok=True)
-        path = directory / "metrics.jsonl"
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            path.write_text("".join(line for line in lines if _step_of(line) <= step))
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
-
-    def write(self, step: int, values: Mapping[str, float], prefix: str = "train") -> None:
-        """Records `prefix`/name for every value."""
-        if self._file is None or self._board is None:
-            return
-        self._file.write(json.dumps({"step": step, **{f"{prefix}/{k}": float(v) for k, v in values.items()}}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{prefix}/{name}", float(value), step)
-
-    def close(self) -> None:
-        """Flushes and closes both."""
-        if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for a line that a killed process left incomplete."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
 class Meter:
     """Means over the steps since the last log line, weighted by trained tokens, and the speed.
 
     Device arrays are only kept, not read, until a line is due: reading each step's loss would make the host wait.
-    Time spent in evaluation, sampling and saving is left out of the speed. `skipped_in_a_row` is how many updates in a row,
-    up to the last line, were skipped.
+    Time spent in evaluation, sampling and saving is left out of the speed. `goodput` is the share of the time since `begun`
+    (time.perf_counter; none: now) that went into steps: reading weights, compiling, evaluating and saving are the rest.
+    `skipped_in_a_row` is how many updates in a row, up to the last line, were skipped.
     """
 
-    def __init__(self, steps: int, flops_per_token: float, peak_flops: float | None):
+    def __init__(self, steps: int, flops_per_token: float, peak_flops: float | None, begun: float | None = None):
         self._steps = steps
         self._flops_per_token = flops_per_token
         self._peak = peak_flops
@@ -86,6 +43,8 @@ class Meter:
         self._paused = 0.0
         self.skipped_in_a_row = 0
         self._started = time.perf_counter()
+        self._begun = self._started if begun is None else begun
+        self._useful = 0.0
 
     def add(self, metrics: Mapping) -> None:
         """Keeps one step's metrics."""
@@ -120,6 +79,9 @@ class Meter:
         values["flops_per_second"] = flops
         if self._peak is not None:
             values["mfu"] = flops / self._peak
+        self._useful += seconds
+        values["goodput"] = self._useful / max(now - self._begun, self._useful)
+        values["peak_bytes"] = peak_memory()
         self._kept, self._paused, self._started = [], 0.0, now
         return values, self._line(step, values)
 
@@ -136,5 +98,6 @@ class Meter:
         return (
             f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {values['loss']:.4f}{kl}  "
             f"accuracy {values['accuracy']:.3f}  lr {values['learning_rate']:.2e}  grad {values['grad_norm']:.3g}{experts}  "
-            f"{si(values['tokens_per_second'])} tokens/s  {speed}  {values['seconds_per_step']:.3g} s/step  ETA {left}"
+            f"{si(values['tokens_per_second'])} tokens/s  {speed}  {values['seconds_per_step']:.3g} s/step  ETA {left}  "
+            f"goodput {values['goodput']:.0%}  peak {values['peak_bytes'] / 2**30:.3g} GiB"
         )

@@ -1,5 +1,8 @@
 """How much work a training step is, and how fast the device could do it."""
 
+import resource
+import sys
+
 import jax
 
 from gemma4_jax import chips
@@ -42,3 +45,12 @@ def peak_flops(devices: int) -> float | None:
     """bfloat16 FLOP/s of so many devices together; None where the kind is not in the table (a CPU)."""
     peak = chips.peak_flops(jax.devices()[0].device_kind)
     return None if peak is None else peak * devices
+
+
+def peak_memory() -> int:
+    """Most bytes that were in use so far on the fullest device of this process; of a CPU's, what the process took."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    used = max(each.get("peak_bytes_in_use", 0) for each in stats)
+    if used:
+        return used
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
