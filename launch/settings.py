@@ -22,10 +22,10 @@ from gemma4_jax.quant.policy import QuantConfig
 from gemma4_jax.sharding import MeshConfig
 from gemma4_jax.train.loop import Remat, TrainConfig
 from gemma4_jax.train.optimizer import OptimConfig
-from launch import schema
-
 from gemma4_jax.train.recorder import TrackConfig
 from gemma4_jax.train.tracing import ProfileConfig
+from launch import schema
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
@@ -114,6 +114,8 @@ class TrainRun(Run):
     eval_data: DataConfig | None = option(None, "held-out rows; none: no evaluation")
     optim: OptimConfig = option(factory=OptimConfig, help="optimizer and schedule")
     train: TrainConfig = option(factory=TrainConfig, help="the loop")
+    track: TrackConfig = option(factory=TrackConfig, help="who else sees the run: TensorBoard, Weights & Biases")
+    profile: ProfileConfig = option(factory=ProfileConfig, help="traces of single steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,18 +132,6 @@ class QatRun(TrainRun):
     task: Literal["qat"] = option("qat", "which program")
     quant: QuantConfig = option(factory=QuantConfig, help="policy, distillation")
 
-    track: TrackConfig = option(factory=TrackConfig, help="who else sees the run: TensorBoard, Weights & Biases")
-    profile: ProfileConfig = option(factory=ProfileConfig, help="traces of single steps")
-
-    def __post_init__(self):
-        if self.lora is None:
-            return
-        if self.model.path is None:
-            raise UserError(
-                "config.lora trains adapters of a checkpoint, and config.model has none; set config.model.path."
-            )
-        if self.optim.train != OptimConfig().train:
-            raise UserError("config.lora moves adapters alone, which are the decoder's; leave config.optim.train out.")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRun(Run):

@@ -25,25 +25,24 @@ from gemma4_jax.train.calibration import calibrate
 from gemma4_jax.train.loop import Hooks, resume, train
 from gemma4_jax.train.metrics import Meter, duration, si
 from gemma4_jax.train.optimizer import optimizer, schedule
-from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.recorder import Recorder
+from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
 from gemma4_jax.train.throughput import flops_per_token, peak_flops
-from launch.models import check_agreement, make_model, make_processor, model_config
-from launch.preflight import preflight
 from gemma4_jax.train.tracing import Tracer
 from launch import schema, watching
+from launch.models import check_agreement, make_model, make_processor, model_config
+from launch.preflight import preflight
 from launch.processes import devices, on, voice
 from launch.settings import QatRun, TrainRun
-
 
 def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainState:
     """Trains, or goes on where the working directory stopped; returns the last state."""
     started = time.perf_counter()
+    watching.check(run)
     cfg = model_config(run.model)
     if cfg.is_multimodal:  # their gradients would be zero, and weight decay would still move them
         raise UserError(
-    watching.check(run)
             f"{run.model.path} has vision and audio towers, and training reads text only: set config.model.text_only=true to "
             "leave them out."
         )

@@ -18,6 +18,7 @@ from gemma4_jax.train.metrics import Meter, Write, duration
 from gemma4_jax.train.recorder import Recorder
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import TrainStep
+from gemma4_jax.train.tracing import Tracer
 
 Remat = Literal["none", "full", "offload", "save_attention", "save_projections"]
 """The keys of `model.stack.REMAT`."""
@@ -35,10 +36,10 @@ class TrainConfig:
     eval_every: int = option(0, "steps between evaluations; 0: only after the last", may_change=True)
     eval_batches: int | None = option(None, "held-out batches an evaluation reads; none: all", may_change=True)
     sample_every: int = option(0, "steps between printed samples; 0: none", may_change=True)
-    save_every: int = option(0, "steps between checkpoints; 0: only after the last", may_change=True)
     sample_prompts: tuple[str, ...] = option(
         (), "what is asked then, before the first held-out conversations", may_change=True
     )
+    save_every: int = option(0, "steps between checkpoints; 0: only after the last", may_change=True)
     keep: int = option(2, "newest checkpoints that stay on disk", may_change=True)
     keep_best: bool = option(
         False, "evaluate at every save, and keep the checkpoint with the lowest loss too", may_change=True
@@ -82,11 +83,11 @@ class Hooks:
     evaluate: Callable[[Transformer], dict[str, float]] | None = None
     sample: Callable[[Transformer], str] | None = None
     write: Write = print
+    tracer: Tracer | None = None
 
 
 def resume(store: Store | None, state: TrainState, batches: Batches, *, verify: bool = True) -> TrainState:
     """The newest committed state, with `batches` moved to where it was taken; `state` itself when there is none."""
-    tracer: Tracer | None = None
     step = None if store is None else store.latest()
     if store is None or step is None:
         return state
@@ -162,6 +163,9 @@ def train(
                 meter.pause(seconds)
             meter.add({**metrics, "learning_rate": learning_rate(done)})
             done += 1
+            if hooks.tracer is not None:
+                with watchdog.paused():
+                    meter.pause(hooks.tracer.done(done, metrics))
             place = batches.state()
 
             if due(config.log_every):
@@ -191,11 +195,10 @@ def train(
                 break
         if done < config.steps:
             hooks.write(f"told to end after step {done} of {config.steps}")
-            if hooks.tracer is not None:
-                with watchdog.paused():
-                    meter.pause(hooks.tracer.done(done, metrics))
             if done > started:
                 save(place, None)
+        if hooks.tracer is not None:
+            hooks.tracer.close(done)
         watchdog.beat("writing the last checkpoint")
         if store is not None:
             store.wait()
@@ -223,7 +226,5 @@ def _refuse_skipping(in_a_row: int, most: int, loss: float, step: int) -> None:
         )
 
 
-        if hooks.tracer is not None:
-            hooks.tracer.close(done)
 def _listed(values: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" if value < 1e4 else f"{name} {value:.0f}" for name, value in values.items())
