@@ -16,18 +16,26 @@ weights here.
     python -m launch.run --config=configs/qat.py:e2b --config.model.path=HF_DIR --config.data.paths=chats.jsonl
     python -m launch.run --config=configs/qat.py:e2b,mobile --config.model.path=HF_DIR --config.data.paths=chats.jsonl
     python -m launch.run --config=configs/qat.py:31b,w4a16 --config.model.path=HF_DIR --config.data.paths=chats.jsonl
+
+A slice after the policy sets batch, length and mesh of a plan that fits it, teacher included, with the step times of
+docs/slices.md: e2b,q4_0,v6e:2x4 e4b,mobile,v6e:4x4 26b_a4b,q4_0,v6e:8x8 31b,w4a16,v6e:8x8.
+
+    python -m launch.run --config=configs/qat.py:31b,w4a16,v6e:8x8 --config.model.path=HF_DIR --config.data.paths=chats.jsonl
 """
 
 from gemma4_jax.errors import UserError, did_you_mean
 from gemma4_jax.quant.policies import POLICIES
 from launch.settings import defaults
+from launch.slices import set_sizes
 
 VARIANTS = ("e2b", "e4b", "26b_a4b", "31b")
 
 
 def get_config(variant_and_policy):
-    variant, _, policy = variant_and_policy.partition(",")
+    variant, policy, slice_, *more = [*variant_and_policy.split(","), "", ""]
     policy = policy or "q4_0"
+    if any(more):
+        raise UserError(f"configs/qat.py takes VARIANT,POLICY,SLICE; got {variant_and_policy!r}.")
     for what, given, known in (("variant", variant, VARIANTS), ("policy", policy, POLICIES)):
         if given not in known:
             raise UserError(f"configs/qat.py:VARIANT,POLICY has the {what} {given!r}; {did_you_mean(given, known)}")
@@ -41,4 +49,6 @@ def get_config(variant_and_policy):
     config.train.remat = "full"
     config.train.steps = 5000
     config.quant.policy = policy
+    if slice_:
+        set_sizes(config, "qat", variant, slice_)
     return config
