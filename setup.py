@@ -53,6 +53,7 @@ EXTRAS = {
         "transformers==5.23.0",
         "pillow>=11",  # the reference's image processor
         "compressed-tensors>=0.20",  # reads our W4A16 directories
+        "peft>=0.18",  # reads our adapters, those of experts since 0.18
         "xllamacpp>=2026.10",  # llama.cpp: reads our GGUF files
     ],
     "dev": [
@@ -71,6 +72,7 @@ EXTRAS = {
         "av>=14",
         "soundfile>=0.13",
         "soxr>=0.5",
+        "pyarrow>=18",  # the extra `tables`
         "ruff>=0.14",  # format and lint
         "pyright[nodejs]>=1.1.400",  # types; brings its own node
     ],

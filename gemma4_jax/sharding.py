@@ -222,18 +222,34 @@ def batch_share(mesh: jax.sharding.Mesh | None) -> tuple[int, int]:
     return blocks.index(mine), len(blocks)
 
 
-def place_batch(batch: Mapping[str, np.ndarray]) -> Mapping[str, jax.Array | np.ndarray]:
-    """This process's rows [rows, length] of each array as its part of the global batch on the mesh that is set."""
+def place_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """This process's rows [rows, length] of each array as its part of the global batch on the mesh that is set.
+
+    What is no array, a batch's media, says itself what its dims are (`Media.with_dims`).
+    """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return batch
     count = batch_share(mesh)[1]
-    out = {}
-    for name, rows in batch.items():
-        shape = (rows.shape[0] * count, *rows.shape[1:])
-        spec = activation_spec(mesh, ("batch", "length"), shape)
-        out[name] = jax.make_array_from_process_local_data(NamedSharding(mesh, spec), np.asarray(rows), shape)
-    return out
+
+    def place(rows: np.ndarray, dims: tuple[str | None, ...]) -> jax.Array:
+        shape = tuple(size * count if name in SHARED_OUT else size for name, size in zip(dims, rows.shape, strict=True))
+        sharding = NamedSharding(mesh, activation_spec(mesh, dims, shape))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(rows), shape)
+
+    return {
+        name: rows.with_dims(place) if hasattr(rows, "with_dims") else place(rows, ("batch", "length"))
+        for name, rows in batch.items()
+    }
+
+
+SHARED_OUT = ("batch", "media")
+"""Dims of which each process feeds a share."""
+
+
+def media_multiple(mesh: jax.sharding.Mesh | None) -> int:
+    """Devices over which a process spreads its share of the pictures of a batch: their number must divide by it."""
+    return 1 if mesh is None else size_of(mesh, ACTIVATIONS["media"]) // batch_share(mesh)[1]
 
 
 def check_batch(mesh: jax.sharding.Mesh | None, rows: int, length: int, section: str = "data") -> None:
@@ -275,6 +291,15 @@ def gather(w: jax.Array, dims: Sequence[str], keep_whole: Sequence[str] = ()) ->
 
     move.defvjp(lambda w: (move(w), None), lambda _, d: (jax.lax.with_sharding_constraint(d, stored),))
     return move(w)
+
+
+def used(x: jax.Array, dims: Sequence[str]) -> jax.Array:
+    """A resting array that is not trained cut as it is used; x itself without a mesh. For codes, which have no derivative."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    x = jax.lax.with_sharding_constraint(x, stored_spec(mesh, dims, x.shape))
+    return jax.lax.with_sharding_constraint(x, use_spec(mesh, dims, x.shape))
 
 
 def _used(mesh, dims: Sequence[str], shape: Sequence[int]) -> list[tuple[str, ...]]:

@@ -9,6 +9,7 @@ from gemma4_jax.checkpoint.load import load, load_config
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.pipeline import DataConfig
 from gemma4_jax.errors import UserError
+from gemma4_jax.media.frontend import FrontEnd, MediaConfig
 from gemma4_jax.model.transformer import Transformer, init
 from gemma4_jax.processor import Processor
 from gemma4_jax.quant.activations import check_calibrated
@@ -19,7 +20,7 @@ from launch.settings import ModelSection
 def model_config(section: ModelSection) -> ModelConfig:
     """What the model will be, before any weight is read or drawn."""
     if section.path is not None:
-        cfg = load_config(section.path)
+        cfg = load_config(section.path, section.base)
         return cfg.text_only() if section.text_only else cfg
     assert section.variant is not None
     return ModelConfig.variant(section.variant, **section.overrides)
@@ -29,19 +30,27 @@ def make_model(section: ModelSection, seed: int, mesh: jax.sharding.Mesh | None 
     """The model of a checkpoint, or a variant with random weights; its parameters shared out on the mesh."""
     dtype, compute_dtype = section.param_dtype, section.dtype
     if section.path is not None:
-        model = load(section.path, dtype=dtype, compute_dtype=compute_dtype, text_only=section.text_only, mesh=mesh)
+        where = {"text_only": section.text_only, "mesh": mesh, "base": section.base}
+        model = load(section.path, dtype=dtype, compute_dtype=compute_dtype, **where)
         check_calibrated(model)
         return model
     return init(model_config(section), seed, dtype, compute_dtype=compute_dtype, mesh=mesh)
 
 
-def make_processor(tokenizer: str | None, section: ModelSection, cfg: ModelConfig) -> Processor:
-    """The tokenizer named, else the one beside the checkpoint, else the embedded one; with the variant's chat habits.
+def make_processor(
+    tokenizer: str | None,
+    section: ModelSection,
+    cfg: ModelConfig,
+    media: MediaConfig = MediaConfig(),  # noqa: B008
+) -> Processor:
+    """The tokenizer named, else the one beside the checkpoint, else the embedded one; with the model's habits, eyes and ears.
 
     26B and 31B were trained with an empty thought channel in front of answers without a thought, E2B and E4B without.
     """
     beside = None if section.path is None else tokenizer_beside(section.path)
-    return Processor.load(tokenizer or beside or assets.TOKENIZER, empty_thought=not cfg.hidden_size_per_layer_input)
+    empty_thought = not cfg.hidden_size_per_layer_input
+    processor = Processor.load(tokenizer or beside or assets.TOKENIZER, empty_thought=empty_thought)
+    return processor.with_front_end(FrontEnd(cfg.vision, cfg.audio, media))
 
 
 def tokenizer_beside(checkpoint: str) -> Path | None:

@@ -6,17 +6,22 @@ import shutil
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
+from gemma4_jax.checkpoint.placement import default_device
 from gemma4_jax.checkpoint.steps import absolute, committed_steps
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
+from gemma4_jax.model.lora import has_adapters
 from gemma4_jax.model.parameters import map_arrays
-from gemma4_jax.model.transformer import abstract
+from gemma4_jax.model.transformer import Transformer, abstract
+from gemma4_jax.sharding import parameter_shardings
 from gemma4_jax.train.optimizer import optimizer
+from gemma4_jax.train.parts import left_out
 from gemma4_jax.train.state import TrainState
 from launch.abstract import Struct, abstract_model
-from launch.settings import TrainRun
+from launch.adapting import shapes
+from launch.settings import QatRun, TrainRun
 
 GiB = 2**30
 
@@ -26,7 +31,8 @@ def preflight(run: TrainRun, cfg: ModelConfig, mesh: Mesh | None) -> None:
     state = _state(run, cfg, mesh)
     if run.workdir is not None and "://" not in run.workdir and jax.process_index() == 0:
         check_disk(Path(run.workdir), sum(map(_bytes, state.flat().values())), run.train.keep + run.train.keep_best)
-    needed = sum(_bytes(x, local=True) for x in [*state.flat().values(), *state.params.values()])
+    held = [*state.flat().values(), *state.base.values(), *state.params.values()]
+    needed = sum(_bytes(x, local=True) for x in held)
     check_memory(needed, mesh)
 
 
@@ -68,12 +74,26 @@ def _state(run: TrainRun, cfg: ModelConfig, mesh: Mesh | None) -> TrainState:
     if mesh is not None:
         model = abstract_model(cfg, mesh, run.model.param_dtype, run.model.dtype)
     else:
-        here = SingleDeviceSharding(jax.local_devices()[0])
         model = map_arrays(
-            lambda _, v: Struct(v.shape, v.dtype, sharding=here),
+            lambda name, v: Struct(v.shape, v.dtype, sharding=default_device(name, v)),
             abstract(cfg, run.model.param_dtype, compute_dtype=run.model.dtype),
         )
-    return TrainState.abstract(model, optimizer(run.optim, run.train.steps), run.optim.freeze)
+    if run.lora is not None:
+        adapted = shapes(run.lora, model)
+        place = default_device if mesh is None else parameter_shardings(mesh)
+        model = map_arrays(lambda name, v: Struct(v.shape, v.dtype, sharding=place(name, v)), adapted)
+    return TrainState.abstract(model, optimizer(run.optim, run.train.steps), frozen(run, model))
+
+
+def frozen(run: TrainRun, model: Transformer) -> tuple[str, ...]:
+    """Patterns of parameters that stay: parts that are not named, what is, and in QAT of a mixture of experts the router.
+
+    Beside adapters everything else stays anyway.
+    """
+    if has_adapters(model):
+        return run.optim.freeze
+    router = isinstance(run, QatRun) and run.quant.freeze_router and model.cfg.num_experts
+    return (*left_out(model, run.optim.train), *run.optim.freeze, *(("*.router.*",) if router else ()))
 
 
 def _bytes(x: jax.ShapeDtypeStruct, local: bool = False) -> int:

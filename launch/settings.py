@@ -16,6 +16,8 @@ from gemma4_jax.errors import UserError, did_you_mean
 from gemma4_jax.eval.exact_match import EvalConfig
 from gemma4_jax.infer.generate import SampleConfig
 from gemma4_jax.infer.prompts import PromptConfig
+from gemma4_jax.media.frontend import MediaConfig
+from gemma4_jax.model.lora import LoraConfig
 from gemma4_jax.options import option
 from gemma4_jax.quant.policies import PolicyName
 from gemma4_jax.quant.policy import QuantConfig
@@ -40,9 +42,12 @@ class ModelSection:
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", "what layers compute in")
     param_dtype: Literal["float32", "bfloat16"] = option("float32", "what parameters are stored in")
     overrides: dict[str, Any] = option(factory=dict, help="ModelConfig fields of the variant to replace")
-    text_only: bool = option(False, "leave out the vision and audio towers of a Hugging Face checkpoint")
+    text_only: bool = option(False, "leave out the vision and audio towers")
+    base: str | None = option(None, "of adapters at path: where their base lies; none: where it lay in training")
 
     def __post_init__(self):
+        if self.base is not None and self.path is None:
+            raise UserError("config.model.base is the base of the adapters at config.model.path; set that too.")
         if (self.variant is None) == (self.path is None):
             given = "neither" if self.variant is None else "both; set one of them to none"
             raise UserError(f"config.model wants either variant or path, got {given}.")
@@ -50,6 +55,15 @@ class ModelSection:
             raise UserError("config.model.overrides changes a variant; the checkpoint at path has a config of its own.")
         if self.variant is not None:  # complains about a wrong variant or field before anything starts
             ModelConfig.variant(self.variant, **self.overrides)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredSection(ModelSection):
+    """Which model is measured: a checkpoint, or none where `eval.answers` has the answers."""
+
+    def __post_init__(self):
+        if self.path is not None or self.variant is not None:
+            super().__post_init__()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +75,7 @@ class ConvertSection:
     format: Literal["hf", "orbax"] = option("hf", "what to write")
     dtype: Literal["float32", "bfloat16"] = option("bfloat16", "of the written tensors")
     max_shard_size: str = option("5GB", "largest safetensors file")
-    text_only: bool = option(False, "leave out the vision and audio towers of a Hugging Face checkpoint")
+    text_only: bool = option(False, "leave out the vision and audio towers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,10 +126,22 @@ class TrainRun(Run):
     tokenizer: str | None = option(None, "tokenizer file; none: beside the checkpoint, else the embedded one")
     data: DataConfig = option(help="training rows")
     eval_data: DataConfig | None = option(None, "held-out rows; none: no evaluation")
+    media: MediaConfig = option(factory=MediaConfig, help="how pictures, videos and sounds are read")
+    lora: LoraConfig | None = option(None, "train adapters beside the weights; none: train the weights")
     optim: OptimConfig = option(factory=OptimConfig, help="optimizer and schedule")
     train: TrainConfig = option(factory=TrainConfig, help="the loop")
     track: TrackConfig = option(factory=TrackConfig, help="who else sees the run: TensorBoard, Weights & Biases")
     profile: ProfileConfig = option(factory=ProfileConfig, help="traces of single steps")
+
+    def __post_init__(self):
+        if self.lora is None:
+            return
+        if self.model.path is None:
+            raise UserError(
+                "config.lora trains adapters of a checkpoint, and config.model has none; set config.model.path."
+            )
+        if self.optim.train != OptimConfig().train:
+            raise UserError("config.lora moves adapters alone, which are the decoder's; leave config.optim.train out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +158,13 @@ class QatRun(TrainRun):
     task: Literal["qat"] = option("qat", "which program")
     quant: QuantConfig = option(factory=QuantConfig, help="policy, distillation")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora is not None and self.quant.learn_scales:
+            raise UserError(
+                "config.lora moves adapters alone, and quant.learn_scales=true scales too; drop one of them."
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleRun(Run):
@@ -142,20 +175,29 @@ class SampleRun(Run):
     model: ModelSection = option(help="the model that answers")
     tokenizer: str | None = option(None, "tokenizer file; none: beside the checkpoint, else the embedded one")
     prompts: PromptConfig = option(help="what to answer: exactly one of text, file and chat")
+    media: MediaConfig = option(factory=MediaConfig, help="how pictures, videos and sounds are read")
     sample: SampleConfig = option(factory=SampleConfig, help="how to draw tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalRun(Run):
-    """Measure a checkpoint on held-out rows: perplexity, exact match."""
+    """Measure a checkpoint on held-out rows: perplexity, exact match, tool calls."""
 
     task: Literal["eval"] = option("eval", "which program")
     mesh: MeshConfig = option(factory=MeshConfig, help="how devices share the work; none: chosen")
-    model: ModelSection = option(help="the model to measure")
+    model: MeasuredSection = option(factory=MeasuredSection, help="the model to measure")
     tokenizer: str | None = option(None, "tokenizer file; none: beside the checkpoint, else the embedded one")
     data: DataConfig = option(help="held-out rows")
+    media: MediaConfig = option(factory=MediaConfig, help="how pictures, videos and sounds are read")
     eval: EvalConfig = option(factory=EvalConfig, help="what to measure")
-    sample: SampleConfig = option(factory=SampleConfig, help="how to draw tokens for exact_match")
+    sample: SampleConfig = option(factory=SampleConfig, help="how to draw tokens of answers")
+
+    def __post_init__(self):
+        given = self.model.path is not None or self.model.variant is not None
+        if given and self.eval.answers is not None:
+            raise UserError("config.eval.answers is scored without a model; leave config.model out, or eval.answers.")
+        if not given and self.eval.answers is None:
+            raise UserError("config.model wants either variant or path, got neither.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,7 +214,10 @@ class ExportSection:
 
     source: str = option(help="checkpoint to read: what model.path may be")
     path: str = option(help="what to write, which must not exist yet: a .gguf file, else a directory")
-    format: Literal["hf", "gguf", "compressed-tensors", "mobile"] = option("hf", "what to write")
+    format: Literal["hf", "gguf", "compressed-tensors", "mobile", "peft"] = option(
+        "hf", "what to write; peft: adapters alone, all others merge them first"
+    )
+    base: str | None = option(None, "of adapters at source: where their base lies; none: where it lay in training")
     dtype: Literal["float32", "bfloat16", "float16"] = option("bfloat16", "of what is not written as codes")
     policy: PolicyName | None = option(
         None, "round a float checkpoint to this policy's grids now, without training; none: the grids it was trained on"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,32 +21,30 @@ from gemma4_jax.plan import report
 from gemma4_jax.processor import Processor
 from gemma4_jax.quant import policy
 from gemma4_jax.quant.activations import scales
-from gemma4_jax.sharding import batch_share, check_batch, parameter_shardings, shape_of
+from gemma4_jax.sharding import batch_share, check_batch, media_multiple, parameter_shardings, shape_of
 from gemma4_jax.train.calibration import calibrate
 from gemma4_jax.train.loop import Hooks, resume, train
 from gemma4_jax.train.metrics import Meter, duration, si
 from gemma4_jax.train.optimizer import optimizer, schedule
+from gemma4_jax.train.parts import coverage
 from gemma4_jax.train.recorder import Recorder
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
 from gemma4_jax.train.throughput import flops_per_token, peak_flops
 from gemma4_jax.train.tracing import Tracer
 from launch import schema, watching
+from launch.adapting import load_base, with_adapters
 from launch.models import check_agreement, make_model, make_processor, model_config
-from launch.preflight import preflight
+from launch.preflight import frozen, preflight
 from launch.processes import devices, on, voice
 from launch.settings import QatRun, TrainRun
+
 
 def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainState:
     """Trains, or goes on where the working directory stopped; returns the last state."""
     started = time.perf_counter()
     watching.check(run)
     cfg = model_config(run.model)
-    if cfg.is_multimodal:  # their gradients would be zero, and weight decay would still move them
-        raise UserError(
-            f"{run.model.path} has vision and audio towers, and training reads text only: set config.model.text_only=true to "
-            "leave them out."
-        )
     write = voice(write)
     mesh = _mesh(run, cfg)
     if mesh is not None:
@@ -72,32 +71,39 @@ def _mesh(run: TrainRun, cfg: ModelConfig) -> Mesh | None:
 def _train(
     run: TrainRun, cfg: ModelConfig, mesh: Mesh | None, started: float, write: Callable[[str], None]
 ) -> TrainState:
-    processor = make_processor(run.tokenizer, run.model, cfg)
+    processor = make_processor(run.tokenizer, run.model, cfg, run.media)
     check_agreement(cfg, processor, run.data, run.eval_data)
     if run.train.keep_best and run.eval_data is None:
         raise UserError("train.keep_best ranks checkpoints by held-out loss, but config.eval_data is none; set it.")
     share = batch_share(mesh)
     quarantine = None if run.workdir is None or jax.process_index() > 0 else Path(run.workdir) / "bad_rows.jsonl"
-    batches = _loader(run.data, processor, share, quarantine)
+    multiple_of = media_multiple(mesh)
+    batches = _loader(
+        run.data, processor, share, quarantine=quarantine, parts=run.train.grad_accum, multiple_of=multiple_of
+    )
     write(f"data\n{batches.summary.table()}")
-    evaluate = None if run.eval_data is None else _evaluation(run, processor, share, write)
+    evaluate = None if run.eval_data is None else _evaluation(run, processor, share, multiple_of, write)
 
     workdir = None if run.workdir is None else Path(run.workdir)
     resumes = workdir is not None and bool(committed_steps(absolute(workdir / "checkpoints")))
-    model = make_model(run.model, run.seed, mesh)
+    model, adapting = load_base(run, mesh, write)
+    if adapting is not None and workdir is not None and resumes:
+        adapting.check(workdir)
     teacher = _teacher(run, model, processor, mesh, write) if isinstance(run, QatRun) else None
-    quantised = model
+    quantised = with_adapters(run, model, write)
     if isinstance(run, QatRun):
-        quantised = _quantised(run, model, mesh, None if resumes else batches, write)
+        quantised = _quantised(run, quantised, mesh, None if resumes else batches, write)
     elif policy.grid_names(model):
         write(f"weights on the grid\n{policy.coverage(model).table()}")
     optim = optimizer(run.optim, run.train.steps)
     shares_arrays = isinstance(run, QatRun) and teacher is not None and run.quant.teacher is None
-    state = TrainState.create(quantised, optim, _frozen(run, cfg), copy=shares_arrays)
+    state = TrainState.create(quantised, optim, frozen(run, quantised), copy=shares_arrays)
     # From here on the state alone holds the weights: a second set would double the memory of the run.
     template = jax.eval_shape(lambda m: m, quantised)
     del model, quantised
-    sizes = [sum(x.size for x in group.values()) for group in (state.params, state.frozen)]
+    if cfg.is_multimodal:
+        write(f"parts of the model (optim.train={','.join(run.optim.train)})\n{coverage(state.params, state.frozen)}")
+    sizes = [sum(x.size for x in group.values()) for group in (state.params, {**state.frozen, **state.base})]
     write(
         f"training {si(sizes[0])} parameters, {si(sizes[1])} stay as they are; ready in {duration(time.perf_counter() - started)}"
     )
@@ -110,7 +116,7 @@ def _train(
             processor.save(workdir)
             if mesh is not None:
                 (workdir / "parameters.txt").write_text(report.parameters(template, mesh) + "\n")
-    state = resume(store, state, batches, verify=run.train.verify)
+    state = resume(store, state, batches, verify=run.train.verify, fall_back=run.train.fall_back, write=write)
     done = int(state.step)
     if done:
         write(f"resumed after step {done} of {run.train.steps}")
@@ -138,7 +144,7 @@ def _train(
             batches=batches,
             teacher=teacher,
             store=store,
-            meta={"model": model_meta(template)},
+            meta={"model": model_meta(template) | (adapting.described(template) if adapting else {})},
             recorder=recorder,
             meter=Meter(
                 run.train.steps,
@@ -183,21 +189,15 @@ def _quantised(
     return quantised
 
 
-def _frozen(run: TrainRun, cfg: ModelConfig) -> tuple[str, ...]:
-    """Patterns of parameters that stay: those named, and in QAT of a mixture of experts the router."""
-    router = isinstance(run, QatRun) and run.quant.freeze_router and cfg.num_experts
-    return (*run.optim.freeze, *(("*.router.*",) if router else ()))
-
-
-def _loader(config: DataConfig, processor: Processor, share: tuple[int, int], quarantine: Path | None = None) -> Loader:
-    return make_loader(config, processor, process_index=share[0], process_count=share[1], quarantine=quarantine)
+def _loader(config: DataConfig, processor: Processor, share: tuple[int, int], **options: Any) -> Loader:
+    return make_loader(config, processor, process_index=share[0], process_count=share[1], **options)
 
 
 def _evaluation(
-    run: TrainRun, processor: Processor, share: tuple[int, int], write: Callable[[str], None]
+    run: TrainRun, processor: Processor, share: tuple[int, int], multiple_of: int, write: Callable[[str], None]
 ) -> Callable[[Transformer], dict[str, float]]:
     assert run.eval_data is not None
-    loader = _loader(run.eval_data, processor, share)
+    loader = _loader(run.eval_data, processor, share, multiple_of=multiple_of)
     write(f"held-out data\n{loader.summary.table()}")
 
     def evaluate(model: Transformer) -> dict[str, float]:

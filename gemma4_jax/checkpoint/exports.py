@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from gemma4_jax.checkpoint import compressed_tensors, gguf, gguf_tokenizer, hf_export, manifest, mobile
+from gemma4_jax.checkpoint import compressed_tensors, gguf, gguf_tokenizer, hf_export, manifest, mmproj, mobile
 from gemma4_jax.checkpoint.canvas import refuse_existing
 from gemma4_jax.checkpoint.export import Fate, Outcome
 from gemma4_jax.checkpoint.hf import STOP_IDS
@@ -30,7 +30,7 @@ class Report:
     """What was written.
 
     path: file or directory. manifest: the JSON beside it. read_bytes: of the source, as stored. seconds: of reading, rounding
-    and writing the tensors.
+    and writing the tensors. towers: the file of vision and audio towers beside a GGUF file, if the model has some.
     """
 
     path: Path
@@ -38,6 +38,7 @@ class Report:
     outcome: Outcome
     how: str
     activations: str
+    towers: Path | None = None
 
     @property
     def bytes(self) -> int:
@@ -72,13 +73,17 @@ def export(
     name: str | None = None,
     text_only: bool = False,
     step: Which = "latest",
+    base: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Writes `target` and a manifest; both appear whole or not at all. The model is read tensor by tensor, never held whole.
+
+    Adapters are merged into their base first, which memory then holds whole; merged weights stay on the grid they were trained on.
 
     Args:
       what: a model, or whatever `load` reads.
       target: a new .gguf file, or for the other formats a new directory.
-      format: "hf": float weights as their grids round them; "gguf"; "compressed-tensors": W4A16, W8A16; "mobile": E2B and E4B.
+      format: "hf": float weights as their grids round them; "gguf", towers in a file of their own;
+        "compressed-tensors": W4A16, W8A16; "mobile": E2B and E4B.
       dtype: of what is not written as codes: float32, bfloat16 or float16.
       policy: put a float checkpoint on a policy's grids now: post-training quantisation. None: the grids it was trained on.
       tokenizer: file or directory; "gguf" needs one. None: none is written.
@@ -88,6 +93,7 @@ def export(
       name: of the model inside a GGUF file; None: that of the file.
       text_only: leave out vision and audio towers.
       step: of a training run.
+      base: of adapters: where their base lies; None: where it lay in training.
 
     Raises:
       UserError: `target` exists, weights that are not finite or not on the lattice, a policy or format that does not fit the
@@ -102,15 +108,25 @@ def export(
         raise UserError(f"export.path is {str(target)!r}; format {format} is {wanted}.")
     for place in (path, manifest.path_beside(path)) if format == "gguf" else (path,):
         refuse_existing(place, "export.path")
-    source = _source(what, policy, text_only, step)
+    source = _source(what, policy, text_only, step, base)
     home = None if tokenizer is None else Path(tokenizer)
 
     def describe(outcome: Outcome) -> Mapping[str, Any]:
         return manifest.describe(source, outcome, form=format, dtype=kept, policy=policy)
 
     common: dict[str, Any] = {"dtype": kept, "requantise": requantise, "manifest": describe}
+    towers = None
     if format == "gguf":
-        outcome = gguf.write_gguf(source, path, tokenizer=_vocabulary(home, source), name=name or path.stem, **common)
+        vocabulary, name = _vocabulary(home, source), name or path.stem
+        if source.cfg.is_multimodal:
+            towers = mmproj.mmproj_path(path)
+            mmproj.write_mmproj(source, towers, dtype=kept, name=name)
+        try:
+            outcome = gguf.write_gguf(source, path, tokenizer=vocabulary, name=name, **common)
+        except BaseException:  # neither without the other
+            if towers is not None:
+                towers.unlink(missing_ok=True)
+            raise
     else:
         common |= {"max_shard_size": max_shard_size, **_tokenizer_files(home, source)}
         if format == "hf":
@@ -119,16 +135,16 @@ def export(
             outcome = mobile.write_mobile(source, path, **common)
         else:
             outcome = compressed_tensors.write_compressed_tensors(source, path, experts=experts, **common)
-    return Report(
-        path, manifest.path_beside(path), outcome, manifest.how(source, policy), manifest.activations(source, format)
-    )
+    how, activations = manifest.how(source, policy), manifest.activations(source, format)
+    return Report(path, manifest.path_beside(path), outcome, how, activations, towers)
 
 
-def _source(what: Any, policy: str | None, text_only: bool, step: Which) -> Source:
+def _source(what: Any, policy: str | None, text_only: bool, step: Which, base: Any) -> Source:
     """The weights, on the grids they are to be written on."""
     source = of_model(what) if isinstance(what, Transformer) else what
     if not isinstance(source, Source):
-        source = of_path(source, text_only=text_only, step=step)
+        source = of_path(source, text_only=text_only, step=step, base=base)
+    source = source.text_only() if text_only else source
     if policy is None:
         return source
     if policy not in policies.POLICIES:

@@ -129,6 +129,13 @@ class Source:
         """The tensors of the text model."""
         return [name for name in self.tensors if not name.startswith(names.TOWERS)]
 
+    def text_only(self) -> "Source":
+        """The same without towers; itself if it has none."""
+        if not self.cfg.is_multimodal:
+            return self
+        tensors = {name: self.tensors[name] for name in self.text_names()}
+        return dataclasses.replace(self, cfg=self.cfg.text_only(), tensors=tensors)
+
     def model(self) -> Transformer:
         """The text model without arrays (ShapeDtypeStructs), with its grids: what policies work on; towers stay float."""
         return with_grids(abstract(self.cfg.text_only()), self.grids)
@@ -198,7 +205,13 @@ def of_model(model: Transformer, origin: str = "a model in memory") -> Source:
     )
 
 
-def of_path(path: str | os.PathLike[str], *, text_only: bool = False, step: Which = "latest") -> Source:
+def of_path(
+    path: str | os.PathLike[str],
+    *,
+    text_only: bool = False,
+    step: Which = "latest",
+    base: str | os.PathLike[str] | None = None,
+) -> Source:
     """Whatever `load` reads: a Hugging Face directory (quantised or not), a GGUF file, one of our directories or runs.
 
     Raises:
@@ -206,7 +219,7 @@ def of_path(path: str | os.PathLike[str], *, text_only: bool = False, step: Whic
     """
     from gemma4_jax.checkpoint import load
 
-    return load.source(path, text_only=text_only, step=step)
+    return load.source(path, text_only=text_only, step=step, base=base)
 
 
 def of_store(directory: Any, cfg: ModelConfig, saved: Mapping[str, str], grids: Mapping[str, BlockGrid]) -> Source:

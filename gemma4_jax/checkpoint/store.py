@@ -7,17 +7,20 @@ is such a step with `params.*` only, so everything that reads a model reads a tr
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from gemma4_jax import config_media
 from gemma4_jax.checkpoint.digest import FILES, digests, write_file_digests
 from gemma4_jax.checkpoint.mismatch import Mismatch, listed
+from gemma4_jax.checkpoint.names_towers import is_tower
 from gemma4_jax.checkpoint.placement import Shardings, Which, default_device, dtype_name
 from gemma4_jax.checkpoint.source import Source, grids_of, of_store
 from gemma4_jax.checkpoint.steps import (
@@ -185,6 +188,18 @@ class Store:
             return read_arrays(directory, dict(like)), record["meta"]
         return read_verified(directory, dict(like), record.get("digests") or {}), record["meta"]
 
+    def set_aside(self, steps: Sequence[int]) -> Path:
+        """Moves damaged steps out of the way of those that will be saved; where they are now. On all processes at once."""
+        aside = Path(self.directory).with_name(f"{self.directory.name}_damaged")
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                Path(self.directory / str(step)).rename(aside / f"{step}-{time.strftime('%Y%m%dT%H%M%S')}")
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged steps are set aside")
+        self._manager.reload()
+        return aside
+
     def _seal(self) -> None:
         """Digests of the files of the step being written: they are all there, and the step has no name yet."""
         for path in self.directory.iterdir():
@@ -244,9 +259,12 @@ def load_model(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     compute_dtype: jax.typing.DTypeLike | None = None,
+    text_only: bool = False,
     shardings: Shardings = default_device,
     step: Which = "latest",
     verify: bool = True,
+    base: str | os.PathLike[str] | None = None,
+    merge: bool = True,
 ) -> Transformer:
     """The model of a model directory, of a training step, or of a run; optimizer state is not read.
 
@@ -256,19 +274,27 @@ def load_model(
       path: one of these directories.
       dtype: of the parameters; None: as stored.
       compute_dtype: what layers compute in; None: `dtype`, else as the saved model.
+      text_only: leave out the towers.
       shardings: where each parameter goes.
       step: of a run: a number, "latest" or "best".
       verify: compare every parameter with the digest taken when it was saved.
+      base, merge: of steps that hold adapters, see `load`.
     """
     dtype, compute_dtype = dtype_name(dtype), dtype_name(compute_dtype)
     directory = step_directory(path, step)
     meta = read_model_meta(directory)
+    if "lora" in meta:
+        from gemma4_jax.checkpoint.adapters import load_adapted
+
+        form: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "shardings": shardings}
+        return load_adapted(directory, meta, base=base, merge=merge, verify=verify, **form)
     cfg = config_of(meta)
+    cfg = cfg.text_only() if text_only else cfg
     model = abstract(cfg, dtype or meta["dtype"], compute_dtype=compute_dtype or dtype or meta["compute_dtype"])
     model = restored(model, meta["quant"])
     saved = {name: form for name, form in saved_forms(directory).items() if name.startswith(PARAMETERS)}
     stored_as = {name.split(".", 1)[1]: name for name in saved}
-    forms = {short: saved[name] for short, name in stored_as.items()}
+    forms = {short: saved[name] for short, name in stored_as.items() if not (text_only and is_tower(short))}
     like = {}
     for name, variable in variables(model).items():
         shape = variable.get_value().shape

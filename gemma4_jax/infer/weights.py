@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma4_jax.model.decode import Decoder, unroll
@@ -26,8 +27,24 @@ def decoding_dtype(compute_dtype: str, platform: str) -> str:
     return "float32" if platform == "cpu" and compute_dtype == "bfloat16" else compute_dtype
 
 
+class Towers(nnx.Module):
+    """As much of a Transformer as sees and hears."""
+
+    def __init__(self, model: Transformer, compute_dtype: str):
+        self.vision, self.vision_projection = model.vision, model.vision_projection
+        self.audio, self.audio_projection = model.audio, model.audio_projection
+        self.compute_dtype = compute_dtype
+
+    soft_tokens = Transformer.soft_tokens
+
+
 def decoder_of(model: Transformer, *, consume: bool = False) -> Decoder:
-    """The unrolled model with every weight as decoding uses it: rounded to its grid, in `decoding_dtype`.
+    """The decoder of `parts_of`."""
+    return parts_of(model, consume=consume)[0]
+
+
+def parts_of(model: Transformer, *, consume: bool = False) -> tuple[Decoder, Towers | None]:
+    """The unrolled model with every weight as decoding uses it: rounded to its grid, in `decoding_dtype`; and its towers.
 
     A step reads all weights, so neither is left to the step. The router stays as it is: it computes in float32. Tables that
     need neither are the model's own arrays, not copies. With `consume` the stacked weights are deleted as soon as they are
@@ -38,16 +55,19 @@ def decoder_of(model: Transformer, *, consume: bool = False) -> Decoder:
     def ready(module):
         if not _is_weight(module) or module.role == LOOKED_UP or multiplies_in(module.role, dtype) is None:
             return module
-        if module.grid is None and module.w.get_value().dtype == dtype:
+        plain = module.plain if isinstance(module, Weight) else module.grid is None
+        if plain and module.w.get_value().dtype == dtype:
             return module
         new = holding(module, _as_used(module, dtype))
         if consume:
             module.w.get_value().delete()
         return new
 
-    decoder = placed(in_use(unroll(jax.tree.map(ready, model, is_leaf=_is_weight), consume=consume)))
+    whole = jax.tree.map(ready, model, is_leaf=_is_weight)
+    towers = placed(Towers(whole, dtype)) if model.cfg.is_multimodal else None
+    decoder = placed(in_use(unroll(whole, consume=consume)))
     decoder.compute_dtype = dtype
-    return decoder
+    return decoder, towers
 
 
 T = TypeVar("T")

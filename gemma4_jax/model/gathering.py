@@ -3,13 +3,14 @@
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
 from gemma4_jax.kernels.vocabulary import narrowed
-from gemma4_jax.model.linear import Weight, holding, multiplies_in
+from gemma4_jax.model.linear import Adapter, Weight, holding, multiplies_in
 from gemma4_jax.model.parameters import map_arrays
-from gemma4_jax.sharding import current_mesh, gather, rest, use_spec
+from gemma4_jax.sharding import current_mesh, gather, rest, use_spec, used
 
 M = TypeVar("M", bound=nnx.Module | None)
 N = TypeVar("N", bound=nnx.Module)
@@ -30,7 +31,11 @@ def gathered(module: M, dtype: jax.typing.DTypeLike) -> M:
 
     def ready(node):
         if isinstance(node, Weight):
-            return holding(node, _weight(node, multiplies_in(node.role, dtype) or node.w.get_value().dtype))
+            used_in = multiplies_in(node.role, dtype) or node.w.get_value().dtype
+            new = holding(node, _weight(node, used_in))
+            if new.adapter is not None:
+                new.adapter = _adapter(new.adapter, used_in)
+            return new
         return node.replace(gather(node.get_value(), own_dims(node)))
 
     is_leaf = lambda node: isinstance(node, Weight | nnx.Variable)  # noqa: E731
@@ -54,14 +59,39 @@ def in_use(model: N) -> N:
 
 
 def _weight(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
-    dims = own_dims(weight.w)
-    if weight.grid is None:
+    if weight.packed is not None:
+        return _unpacked(weight, dtype)
+    dims, w = own_dims(weight.w), weight.w.get_value()
+    if weight.plain:
         # A plain cast moves out of the loop: XLA then holds every layer's weights twice, on v5p in tiles of which 1/32 is used.
-        return gather(narrowed(weight.w.get_value(), dtype), dims)
+        return gather(narrowed(w, dtype), dims)
     # Blocks of a grid run along the inputs, so those are whole while the weight is rounded.
     ends = len(dims) - weight.n_out
-    whole = dims[ends - weight.n_in : ends]
-    return gather(weight.rounded(rest(weight.w.get_value(), dims, whole)).astype(dtype), dims, whole)
+    whole = () if weight.grid is None else dims[ends - weight.n_in : ends]
+    w = rest(w, dims, whole)
+    if weight.adapter is not None and weight.sums:
+        w = w.astype(jnp.float32) + rest(weight.adapter.product(weight.n_in), dims, whole)
+    w = narrowed(w, dtype) if weight.grid is None else weight.rounded(w).astype(dtype)
+    return gather(w, dims, whole)
+
+
+def _unpacked(weight: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Codes travel, at most half of the bytes of bfloat16, and each device decodes what it uses."""
+    assert weight.packed_scale is not None
+    codes, scale = (used(x.get_value(), own_dims(x)) for x in (weight.w, weight.packed_scale))
+    w = weight.decoded(codes, scale)
+    if weight.adapter is not None and weight.sums:
+        w = w + _adapter(weight.adapter, jnp.float32).product(weight.n_in)
+    return narrowed(w, dtype) if weight.grid is None else weight.rounded(w).astype(dtype)
+
+
+def _adapter(adapter: Adapter, dtype: jax.typing.DTypeLike) -> Adapter:
+    """Both factors cut as they are used; cast where they rest, as weights are."""
+
+    def ready(variable):
+        return variable.replace(gather(narrowed(variable.get_value(), dtype), own_dims(variable)))
+
+    return jax.tree.map(ready, adapter, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def own_dims(variable: nnx.Variable) -> tuple[str, ...]:

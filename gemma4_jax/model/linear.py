@@ -1,4 +1,4 @@
-"""Weights and the linear map, with the one place where a weight can be quantised on its way to use."""
+"""Weights and the linear map, with the one place where a weight can be quantised or adapted on its way to use."""
 
 import math
 from collections.abc import Mapping
@@ -33,6 +33,14 @@ class Grid(Protocol):
         ...
 
 
+class PackedGrid(Protocol):
+    """How a weight that is stored as codes is read; `gemma4_jax.quant.packed.Packed` is the real one. Must be hashable."""
+
+    def decode(self, packed: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
+        """float32 values of packed codes [*stack, inputs, outputs] and scales [*stack, blocks, outputs]."""
+        ...
+
+
 class Rounding(Protocol):
     """How activations round; `gemma4_jax.quant.activations` has the real ones. Must be hashable. `static`: by given scales."""
 
@@ -54,12 +62,39 @@ def variable_dims(*groups: Dims) -> tuple[tuple[str, ...], tuple[int, ...]]:
     return names, tuple(size for group in groups for size in group.values())
 
 
+class Adapter(nnx.Module):
+    """scale * A B, what low-rank training adds to a weight: A [*stack, *inputs, rank], B [*stack, rank, *outputs], float32.
+
+    A rests on a mesh as the weight's inputs do and B as its outputs do: they carry its dim names.
+    """
+
+    def __init__(self, a: Any, b: Any, *, scale: float, a_dims: tuple[str, ...], b_dims: tuple[str, ...]):
+        self.a, self.b = nnx.Param(a, dims=a_dims, exact=True), nnx.Param(b, dims=b_dims, exact=True)
+        self.scale = scale
+
+    def product(self, n_in: int) -> jax.Array:
+        """scale * A B in the weight's shape, float32. Dims are contracted as they lie: a reshape would move what is cut."""
+        a, b = (x[...].astype(jnp.float32) for x in (self.a, self.b))
+        lead = tuple(range(a.ndim - 1 - n_in))
+        return jax.lax.dot_general(a, b, (((a.ndim - 1,), (len(lead),)), (lead, lead))) * self.scale
+
+    def __call__(self, rows: jax.Array) -> jax.Array:
+        """scale * (x A) B of rows x [..., inputs]: [..., outputs], in their dtype; of one weight, without a stack."""
+        a, b = self.a[...].astype(rows.dtype), self.b[...].astype(rows.dtype)
+        rank = a.shape[-1]
+        return (rows @ a.reshape(-1, rank)) * jnp.asarray(self.scale, rows.dtype) @ b.reshape(rank, -1)
+
+
 class Weight(nnx.Module):
     """A matrix [*stack, *inputs, *outputs] that knows which dims are contracted.
 
     `role` is the name quantisation policies and adapters use for it. `grid`, `activations` and the scales (of blocks:
-    learned; of inputs and outputs: calibrated) are set by a policy, never here.
+    learned; of inputs and outputs: calibrated) are set by a policy, never here; `adapter`, and `packed` with its scales, by
+    `model.lora`: then `w` holds codes, several in a byte along the last input dim, and `packed_scale` [*stack, blocks, *outputs].
     """
+
+    adapts_beside = False
+    """Whether the module multiplies with its adapter apart from the weight, where no grid wants their sum."""
 
     def __init__(self, inputs: Dims, outputs: Dims, *, role: str, stack: Dims, rngs: nnx.Rngs, dtype: str):
         names, shape = variable_dims(stack, inputs, outputs)
@@ -72,15 +107,49 @@ class Weight(nnx.Module):
         self.activations: Rounding | None = None
         self.input_scale: Buffer | None = nnx.data(None)
         self.output_scale: Buffer | None = nnx.data(None)
+        self.adapter: Adapter | None = nnx.data(None)
+        self.packed: PackedGrid | None = None
+        self.packed_scale: Buffer | None = nnx.data(None)
+
+    @property
+    def sums(self) -> bool:
+        """Whether the adapter is added to the weight before use; it is else a product of its own, or there is none."""
+        return self.adapter is not None and (self.grid is not None or not self.adapts_beside)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the weight is used as it is stored, but for its dtype."""
+        return self.grid is None and self.packed is None and not self.sums
+
+    def decoded(self, w: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
+        """The weight without adapter and grid; of packed codes (or those given, with their scales) float32 values."""
+        w = self.w.get_value() if w is None else w
+        assert w is not None
+        if self.packed is None:
+            return w
+        scale = value_of(self.packed_scale) if scale is None else scale
+        assert scale is not None
+        # Or XLA may decode all layers' codes before the loop over them.
+        w, scale = jax.lax.optimization_barrier((w, scale))
+        assert w is not None
+        assert scale is not None
+        lead, outputs = w.shape[: w.ndim - self.n_in - self.n_out], scale.shape[scale.ndim - self.n_out :]
+        inputs = w.shape[len(lead) : len(lead) + self.n_in]
+        values = self.packed.decode(self.as_matrix(w), scale.reshape(*lead, -1, math.prod(outputs)), -2)
+        return values.reshape(*lead, *inputs[:-1], -1, *outputs)
+
+    def summed(self) -> jax.Array:
+        """The weight, decoded, and where `sums` with its adapter added: float32 in either case, else as stored."""
+        if self.adapter is None or not self.sums:
+            return self.decoded()
+        return self.decoded().astype(jnp.float32) + self.adapter.product(self.n_in)
 
     def rounded(self, w: jax.Array | None = None) -> jax.Array:
-        """The weight, or `w` in its place, as the grid holds it, in its own shape and dtype; as it is without a grid.
+        """`summed()`, or `w` in its place, as the grid holds it, in its own shape and dtype; as it is without a grid.
 
         Leading dims (stack, experts) stay apart; blocks run along the flattened input dims.
         """
-        if w is None:
-            w = self.w[...]
-        assert w is not None
+        w = self.summed() if w is None else w
         if self.grid is None:
             return w
         return self.grid.fake_quant(self.as_matrix(w), -2, value_of(self.grid_scale)).reshape(w.shape)
@@ -91,7 +160,7 @@ class Weight(nnx.Module):
         Decoded they are `rounded()`, bit for bit in float32.
         """
         assert self.grid is not None
-        return self.grid.encode(self.as_matrix(self.w[...]), -2, value_of(self.grid_scale))
+        return self.grid.encode(self.as_matrix(self.summed()), -2, value_of(self.grid_scale))
 
     def learn_scales(self) -> None:
         """Makes the scales of the grid a parameter, which starts where the grid's rule has them."""
@@ -141,9 +210,15 @@ def multiplies_in(role: str, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLik
 
 
 def holding(module: M, w: jax.Array) -> M:
-    """The same module (a Weight, an Embedding) with `w` in place of its weight, used as it is: no grid."""
+    """The same module (a Weight, an Embedding) with `w` in place of its weight, used as it is: no grid.
+
+    `w` has an adapter that was to be added in it; one that is a product of its own stays.
+    """
     new: Any = jax.tree.map(lambda x: x, module)
     new.w = new.w.replace(w)
+    if isinstance(module, Weight):
+        new.adapter = None if module.sums else new.adapter
+        new.packed = new.packed_scale = None
     new.grid = new.grid_scale = None
     return new
 
@@ -156,6 +231,8 @@ def value_of(variable: nnx.Variable | None) -> jax.Array | None:
 class Linear(Weight):
     """y[..., *outputs] = x[..., *inputs] . w; computes in the dtype of x."""
 
+    adapts_beside = True
+
     def __call__(self, x: jax.Array) -> jax.Array:
         w = self.rounded().astype(x.dtype)
         lead, width = x.shape[: x.ndim - self.n_in], math.prod(w.shape[: self.n_in])
@@ -165,6 +242,8 @@ class Linear(Weight):
         if self.activations is not None:
             x = self.activations.enter(x, value_of(self.input_scale))
         out = x @ w.reshape(width, -1)
+        if self.adapter is not None and not self.sums:
+            out = out + self.adapter(x)
         if self.activations is not None:
             out = self.activations.leave(out, value_of(self.output_scale))
         return out.reshape(*lead, *w.shape[self.n_in :])

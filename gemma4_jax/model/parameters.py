@@ -50,8 +50,8 @@ def in_compute_dtype(model: M, dtype: str) -> M:
 
     def stored(name: str, variable: nnx.Variable):
         value = variable.get_value()
-        if name not in narrow or value.dtype == dtype:
-            return value
+        if name not in narrow or value.dtype == dtype or not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
+            return value  # codes stay codes
         if isinstance(value, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(value.shape, jax.numpy.dtype(dtype), sharding=value.sharding)
         return value.astype(dtype)

@@ -9,8 +9,10 @@ import optax
 from flax import nnx
 
 from gemma4_jax.errors import UserError, did_you_mean
+from gemma4_jax.model.lora import adapters
 from gemma4_jax.model.parameters import is_trainable, variables
 from gemma4_jax.options import option
+from gemma4_jax.train.parts import PARTS, check_parts
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class OptimConfig:
     eps: float = option(1e-8, "added to the root of the second moment")
     weight_decay: float = option(0.0, "decoupled decay of weight matrices; norms, scales and embeddings never decay")
     clip_norm: float | None = option(1.0, "largest global gradient norm; none: no clipping")
+    train: tuple[str, ...] = option(
+        ("decoder",), f"parts of the model that move: {', '.join(PARTS)}; towers stay as they are unless named"
+    )
     freeze: tuple[str, ...] = option((), "patterns of parameter names that stay as they are, such as 'embed*'")
 
     def __post_init__(self) -> None:
@@ -37,6 +42,7 @@ class OptimConfig:
         for name in ("warmup_steps", "end_factor", "weight_decay"):
             if getattr(self, name) < 0:
                 raise UserError(f"optim.{name} must not be negative, got {getattr(self, name)}.")
+        check_parts(self.train, "optim.train")
         if self.clip_norm is not None and self.clip_norm <= 0:
             raise UserError(f"optim.clip_norm is none or above 0, got {self.clip_norm}.")
 
@@ -79,17 +85,21 @@ def _decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def decays(name: str) -> bool:
-    """True for the weights of linear maps.
+    """True for the weights of linear maps, and for adapters.
 
     Norms and scales are not pulled to 0; nor are embeddings, whose rows get a gradient only when their token occurs but
     would decay at every step.
     """
-    return name.endswith(".w") and name not in ("embed.w", "per_layer.table.w")
+    return name.endswith((".w", ".adapter.a", ".adapter.b")) and name not in ("embed.w", "per_layer.table.w")
 
 
 def trainable_names(model: nnx.Module, freeze: Sequence[str]) -> set[str]:
-    """Names of the parameters the optimizer moves: all but buffers and what a pattern in `freeze` matches."""
+    """Names of the parameters the optimizer moves: all but buffers and what a pattern in `freeze` matches.
+
+    Of a model with adapters only these.
+    """
     names = {name for name, variable in variables(model).items() if is_trainable(variable)}
+    names = set(adapters(model)) or names
     left = set(names)
     for pattern in freeze:
         matched = set(fnmatch.filter(names, pattern))

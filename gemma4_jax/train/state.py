@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gemma4_jax.model.lora import base_names, has_adapters
 from gemma4_jax.model.parameters import arrays, with_arrays
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.train.optimizer import trainable_names
@@ -16,12 +17,16 @@ from gemma4_jax.train.optimizer import trainable_names
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Steps done (int32), the parameters that move, those that stay, and the optimizer's state."""
+    """Steps done (int32), the parameters that move, those that stay, and the optimizer's state.
+
+    `base` are those that stay and that checkpoints leave out: what adapters are trained beside.
+    """
 
     step: jax.Array
     params: dict[str, jax.Array]
     frozen: dict[str, jax.Array]
     opt_state: Any
+    base: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def create(
@@ -34,13 +39,14 @@ class TrainState:
     ) -> "TrainState":
         """The state before step 0; only parameters that move get optimizer state.
 
-        Every step takes the state's memory, so the model can be used afterwards only if its arrays are copied.
+        Every step takes the state's memory, so the model can be used afterwards only if its arrays are copied. Of a model with
+        adapters these alone move.
         """
         # One program each: an operation per parameter and shape would compile dozens of them.
         values = jax.jit(lambda x: jax.tree.map(jnp.copy, x))(arrays(model)) if copy else arrays(model)
-        params, frozen = _parted(model, values, freeze)
+        params, frozen, base = _parted(model, values, freeze)
         moments = jax.tree.map(lambda x: x.sharding, _abstract_moments(optimizer, params))
-        state = cls(jnp.int32(0), params, frozen, jax.jit(optimizer.init, out_shardings=moments)(params))
+        state = cls(jnp.int32(0), params, frozen, jax.jit(optimizer.init, out_shardings=moments)(params), base)
         # Committed to where it is: a step's results are, and an input that is not would compile the second step again.
         places = dataclasses.replace(jax.tree.map(lambda x: x.sharding, state), step=_beside(params))
         return jax.device_put(state, places)
@@ -50,16 +56,16 @@ class TrainState:
         cls, model: Transformer, optimizer: optax.GradientTransformation, freeze: Sequence[str]
     ) -> "TrainState":
         """The same of a model whose arrays are shapes with shardings: shapes with shardings."""
-        params, frozen = _parted(model, arrays(model), freeze)
+        params, frozen, base = _parted(model, arrays(model), freeze)
         step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=_beside(params))
-        return cls(step, params, frozen, _abstract_moments(optimizer, params))
+        return cls(step, params, frozen, _abstract_moments(optimizer, params), base)
 
     def model(self, template: Transformer) -> Transformer:
         """The model with this state's arrays."""
-        return with_arrays(template, {**self.params, **self.frozen})
+        return with_arrays(template, {**self.params, **self.frozen, **self.base})
 
     def flat(self) -> dict[str, Any]:
-        """Every array by a dotted name (`params.*`, `frozen.*`, `opt.*`, `step`): the layout of checkpoints."""
+        """Every array but `base` by a dotted name (`params.*`, `frozen.*`, `opt.*`, `step`): the layout of checkpoints."""
         out: dict[str, Any] = {"step": self.step}
         out |= {f"params.{name}": value for name, value in self.params.items()}
         out |= {f"frozen.{name}": value for name, value in self.frozen.items()}
@@ -73,14 +79,18 @@ class TrainState:
             {name: values[f"params.{name}"] for name in self.params},
             {name: values[f"frozen.{name}"] for name in self.frozen},
             jax.tree.unflatten(jax.tree.structure(self.opt_state), leaves),
+            self.base,
         )
 
 
-def _parted(model: Transformer, values: Mapping[str, Any], freeze: Sequence[str]) -> tuple[dict, dict]:
-    """The parameters that move, and those that stay."""
+def _parted(model: Transformer, values: Mapping[str, Any], freeze: Sequence[str]) -> tuple[dict, dict, dict]:
+    """The parameters that move, those that stay, and those that stay and are the base of adapters."""
     moving = trainable_names(model, freeze)
-    params = {name: value for name, value in values.items() if name in moving}
-    return params, {name: value for name, value in values.items() if name not in moving}
+    base = base_names(model) if has_adapters(model) else frozenset()
+    parts: tuple[dict, dict, dict] = {}, {}, {}
+    for name, value in values.items():
+        parts[0 if name in moving else 2 if name in base else 1][name] = value
+    return parts
 
 
 def _abstract_moments(optimizer: optax.GradientTransformation, params: Mapping[str, Any]) -> Any:

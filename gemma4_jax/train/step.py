@@ -1,12 +1,11 @@
 """One optimizer step as one jitted function."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from gemma4_jax.errors import UserError
@@ -17,8 +16,7 @@ from gemma4_jax.train.loss import Batch, loss_sum
 from gemma4_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
-HostBatch = Mapping[str, jax.Array | np.ndarray]
-TrainStep = Callable[[TrainState, HostBatch, Transformer | None], tuple[TrainState, Metrics]]
+TrainStep = Callable[[TrainState, Batch, Transformer | None], tuple[TrainState, Metrics]]
 
 
 def make_train_step(
@@ -35,10 +33,11 @@ def make_train_step(
     """(state, batch, teacher or None) -> (state, metrics); the state given in is donated.
 
     `template` gives the model's structure, quantisation grids included; its arrays may be abstract. The batch is cut
-    into `grad_accum` micro-batches whose gradient sums add up in float32; the loss is the mean over all trained
-    tokens of the whole batch. Metrics, float32 scalars: loss, ce, kl, accuracy, tokens (trained), slots (real tokens),
-    grad_norm (before clipping), skipped (1: parameters and optimizer state are those of before, because loss or gradients
-    are not finite or the norm is beyond `skip_above`); of a mixture of experts balance, max_load and unused (`model.moe`) too.
+    into `grad_accum` micro-batches whose gradient sums add up in float32 (its media come cut, `data.media.MediaLayout`); the loss
+    is the mean over all trained tokens of the whole batch. Metrics, float32 scalars: loss, ce, kl, accuracy, tokens (trained),
+    slots (real tokens), grad_norm (before clipping), skipped (1: parameters and optimizer state are those of before, because loss
+    or gradients are not finite or the norm is beyond `skip_above`); of a mixture of experts balance, max_load and unused
+    (`model.moe`) too.
     """
     if balance_weight and not template.cfg.num_experts:
         raise UserError(f"train.balance_weight={balance_weight} balances experts, but the model has none; set it to 0.")
@@ -70,7 +69,7 @@ def make_train_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, teacher: Transformer | None):
         def one(micro):
-            sums, grads = micro_batch(state.params, state.frozen, micro, teacher)
+            sums, grads = micro_batch(state.params, {**state.frozen, **state.base}, micro, teacher)
             return sums, resting(grads)
 
         sums, grads = one(batch) if grad_accum == 1 else _accumulate(one, resting, batch, grad_accum)
@@ -91,7 +90,7 @@ def make_train_step(
         )
         metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": norm}
         metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
-        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+        return TrainState(state.step + 1, params, state.frozen, opt_state, state.base), metrics
 
     return step
 
@@ -107,8 +106,12 @@ def _accumulate(one: Callable[[Batch], Any], resting: Callable, batch: Batch, co
     if rows % count:
         raise UserError(f"train.grad_accum={count} does not divide data.batch_size={rows}; choose one that does.")
     # Row i goes to part i % count, so that on a mesh every part spreads over all devices.
-    parts = {name: jnp.moveaxis(x.reshape(rows // count, count, -1), 1, 0) for name, x in batch.items()}
-    parts = {name: constrain(x, None, "batch", "length") for name, x in parts.items()}
+    parts = {
+        name: jnp.moveaxis(x.reshape(rows // count, count, -1), 1, 0) for name, x in batch.items() if name != "media"
+    }
+    parts: Any = {name: constrain(x, None, "batch", "length") for name, x in parts.items()}
+    if (media := batch.get("media")) is not None:
+        parts["media"] = media.with_dims(lambda x, dims: constrain(x, *dims))
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
     sums, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     zeros = sums, resting(grads)

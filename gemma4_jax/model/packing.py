@@ -1,0 +1,119 @@
+"""A model whose linear maps and experts are held as codes: the base of QLoRA, a quarter of the bytes of bfloat16."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+from gemma4_jax.errors import UserError
+from gemma4_jax.model.gathering import own_dims
+from gemma4_jax.model.linear import Buffer, Weight
+from gemma4_jax.model.parameters import modules
+from gemma4_jax.quant.grids import grid_named
+from gemma4_jax.quant.modules import copied, map_where
+from gemma4_jax.quant.packed import Packed
+from gemma4_jax.quant.policies import PolicyName
+from gemma4_jax.quant.policy import QuantConfig, apply
+from gemma4_jax.tables import table
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def grids_for(model: nnx.Module, policy: PolicyName) -> dict[str, str]:
+    """Dotted path of a linear map or of experts -> name of the grid it is to be held on: its own, else the policy's.
+
+    Raises:
+      UserError: the policy is for other models, or a weight does not divide into blocks.
+    """
+    gridded = apply(model, QuantConfig(policy=policy, activations="none", kv_cache="none"))
+    own = {path: module.grid for path, module in _weights(model).items()}
+    chosen = {path: own[path] or module.grid for path, module in _weights(gridded).items()}
+    return {path: grid.name for path, grid in chosen.items() if grid is not None}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def packed(model: M, grids: Mapping[str, str], *, consume: bool = False) -> M:
+    """The model with the weights at these paths as codes; they have no grid any more, tables keep theirs. Arrays may be abstract.
+
+    A weight that lies on that grid already, with learned scales or not, keeps its codes. With `consume` a weight's array is
+    deleted once its codes exist, so that not all exist twice.
+
+    Raises:
+      UserError: a path that is no weight here, or a weight whose codes do not fill bytes.
+    """
+    if unknown := sorted(grids.keys() - _weights(model).keys()):
+        raise UserError(f"The codes of {', '.join(unknown[:3])} have no place in this model.")
+
+    def visit(path: str, module: Weight) -> Weight:
+        new = copied(module)
+        if path not in grids:
+            return new
+        if module.grid is None or getattr(module.grid, "name", None) != grids[path]:
+            module = copied(module)
+            module.grid, module.grid_scale = grid_named(grids[path]), None
+        form = Packed(module.grid)  # pyright: ignore[reportArgumentType]
+        w = module.w.get_value()
+        abstract = isinstance(w, jax.ShapeDtypeStruct)
+        codes, scale = jax.eval_shape(lambda m: _codes(m, form), module) if abstract else _codes_now(module, form)
+        names = own_dims(module.w)
+        end = len(names) - module.n_out
+        new.w = Buffer(codes, dims=names, exact=True)  # pyright: ignore[reportAttributeAccessIssue]  # not trained
+        new.packed_scale = Buffer(scale, dims=(*names[: end - module.n_in], "scale_blocks", *names[end:]), exact=True)
+        new.packed, new.grid, new.grid_scale = form, None, None
+        if consume and not abstract:
+            jax.block_until_ready((codes, scale))
+            w.delete()
+        return new
+
+    return map_where(_is_weight, visit, model)
+
+
+def packed_names(model: nnx.Module) -> dict[str, str]:
+    """Dotted path of a weight -> the grid whose codes it holds: what `packed` takes."""
+    return {path: module.packed.name for path, module in _weights(model).items() if isinstance(module.packed, Packed)}
+
+
+def report(before: nnx.Module, after: nnx.Module) -> str:
+    """Bytes of the base, by grid; `before` may be abstract."""
+    old, new = _weights(before), _weights(after)
+    rows: dict[str, list[float]] = {}
+    for path, module in new.items():
+        name = module.packed.name if isinstance(module.packed, Packed) else "float"
+        row = rows.setdefault(name, [0, 0, 0])
+        row[0] += 1
+        row[1] += _bytes(old[path].w) / 1e6
+        row[2] += (_bytes(module.w) + _bytes(module.packed_scale)) / 1e6
+    lines = [(name, int(row[0]), f"{row[1]:,.2f}", f"{row[2]:,.2f}") for name, row in sorted(rows.items())]
+    return table(("base held as", "arrays", "MB before", "MB"), lines)
+
+
+def _weights(model: nnx.Module) -> dict[str, Weight]:
+    return {path: module for path, module in modules(model) if isinstance(module, Weight)}
+
+
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, Weight)
+
+
+def _codes(module: Weight, form: Packed) -> tuple[jax.Array, jax.Array]:
+    """uint8 codes with the last input dim shorter, scales [*stack, blocks, *outputs]."""
+    codes, scale = module.encoded()
+    w = module.w.get_value()
+    cut, end = w.ndim - module.n_in - module.n_out, w.ndim - module.n_out
+    if w.shape[end - 1] % form.per_byte:
+        raise UserError(
+            f"{form.name} has {form.per_byte} codes in a byte, which {w.shape[end - 1]} codes of a weight do not fill; choose a "
+            "policy of 8 bits for lora.base."
+        )
+    small = (*w.shape[: end - 1], w.shape[end - 1] // form.per_byte, *w.shape[end:])
+    return form.pack(codes, -2).reshape(small), scale.reshape(*w.shape[:cut], -1, *w.shape[end:])
+
+
+_codes_now = jax.jit(_codes, static_argnums=1)
+
+
+def _bytes(variable: nnx.Variable | None) -> int:
+    if variable is None:
+        return 0
+    value = variable.get_value()
+    return value.size * value.dtype.itemsize

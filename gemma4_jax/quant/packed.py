@@ -1,0 +1,57 @@
+"""Codes of a grid as they stay in memory: several in a byte, for a base that is not trained (QLoRA).
+
+The same bits as in compressed-tensors and mobile files: the first code in the lowest bits, each stored as code + 2^(bits - 1).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gemma4_jax.errors import UserError
+from gemma4_jax.quant.blocks import BlockGrid
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """How to read packed codes of a grid; bytes run along the axis that blocks run along."""
+
+    grid: BlockGrid
+
+    @property
+    def name(self) -> str:
+        """The grid's."""
+        return self.grid.name
+
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte: 4, 2 or 1."""
+        return 8 // self.grid.code_bits
+
+    def pack(self, codes: jax.Array, axis: int) -> jax.Array:
+        """int8 codes to uint8, `per_byte` times shorter along `axis`. UserError where they do not fill whole bytes."""
+        bits, count, axis = self.grid.code_bits, self.per_byte, axis % codes.ndim
+        if codes.shape[axis] % count:
+            raise UserError(
+                f"{self.name} has {count} codes in a byte, which {codes.shape[axis]} codes along axis {axis} do not fill; "
+                "choose a grid of 8 bits."
+            )
+        # XOR of the highest bit adds 2^(bits - 1) to a number in two's complement.
+        stored = (codes.astype(jnp.uint8) & jnp.uint8((1 << bits) - 1)) ^ jnp.uint8(1 << (bits - 1))
+        parts = jnp.moveaxis(stored.reshape(*codes.shape[:axis], -1, count, *codes.shape[axis + 1 :]), axis + 1, 0)
+        out = parts[0]
+        for place in range(1, count):
+            out = out | (parts[place] << jnp.uint8(bits * place))
+        return out
+
+    def codes(self, packed: jax.Array, axis: int) -> jax.Array:
+        """The int8 codes that `pack` was given."""
+        bits, axis = self.grid.code_bits, axis % packed.ndim
+        mask, middle = jnp.uint8((1 << bits) - 1), 1 << (bits - 1)
+        parts = [(packed >> jnp.uint8(bits * place)) & mask for place in range(self.per_byte)]
+        stored = jnp.stack(parts, axis=axis + 1).reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
+        return (stored.astype(jnp.int16) - jnp.int16(middle)).astype(jnp.int8)
+
+    def decode(self, packed: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
+        """float32 values; `scale` has one entry per block along `axis`, as the grid's `encode` gives them."""
+        return self.grid.decode(self.codes(packed, axis), scale, axis)
