@@ -5,14 +5,15 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV := .venv-$(VERSION)
 PARITY := .venv-parity-$(VERSION)
+NOTEBOOKS := .venv-notebooks-$(VERSION)
 # Tests run on this many processes. More than 4 costs more memory than it saves time.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 
-.PHONY: demo test check lint fast parity torture bench clean help python
+.PHONY: demo test check lint fast notebooks parity exhaustive torture bench clean help python
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed  ## train, quantise and sample a tiny model on the embedded data, and print one table
 	$(VENV)/bin/python -m launch.demo
@@ -30,9 +31,15 @@ lint: $(VENV)/.installed-dev  ## format, lint and types
 fast: $(VENV)/.installed-dev  ## the fast tests
 	$(VENV)/bin/python -m pytest tests -n $(JOBS) --dist worksteal -m 'not slow'
 
+notebooks: $(NOTEBOOKS)/.installed  ## run the notebooks on a tiny model; pages in runs/notebooks
+	$(NOTEBOOKS)/bin/python notebooks/run.py
+
 parity: $(PARITY)/.installed  ## compare live with transformers and torch
 	$(PARITY)/bin/python tests/golden/generate.py --check
 	$(PARITY)/bin/python -m pytest tests -m parity
+
+exhaustive: $(VENV)/.installed-dev  ## the combinations that `make test` leaves out
+	$(VENV)/bin/python -m pytest tests -n $(JOBS) --dist worksteal --exhaustive -m exhaustive
 
 torture: $(VENV)/.installed-dev  ## kills, notices, changed bits and broken files for two hours; see RELIABILITY.md
 	$(VENV)/bin/python -m tests.torture
@@ -49,7 +56,7 @@ python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "make: PYTHON=$(PYTHON) is missing or older than 3.11; name a newer one, for example: make test PYTHON=python3.12" >&2; exit 1; }
 
-$(VENV)/bin/python $(PARITY)/bin/python: | python
+$(VENV)/bin/python $(PARITY)/bin/python $(NOTEBOOKS)/bin/python: | python
 	@$(PYTHON) -m venv $(@D)/.. || { \
 	  rm -rf $(@D)/..; echo "make: $(PYTHON) cannot create environments; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
 
@@ -67,4 +74,9 @@ $(VENV)/.installed-dev: setup.py | $(VENV)/bin/python
 $(PARITY)/.installed: setup.py | $(PARITY)/bin/python
 	@echo "Installing gemma4_jax, torch and transformers with Python $(VERSION) into $(PARITY) (once, some minutes)"
 	@$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,parity]'
+	@touch $@
+
+$(NOTEBOOKS)/.installed: setup.py | $(NOTEBOOKS)/bin/python
+	@echo "Installing gemma4_jax and what notebooks need with Python $(VERSION) into $(NOTEBOOKS) (once, about a minute)"
+	@$(NOTEBOOKS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[notebooks,media]'
 	@touch $@

@@ -2,22 +2,26 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
+
 from gemma4_jax.data.pipeline import DataConfig, make_loader
-from gemma4_jax.data.source import FileRows
+from gemma4_jax.data.records import open_rows
 from gemma4_jax.errors import UserError
 from gemma4_jax.eval import report
-from gemma4_jax.eval.exact_match import exact_match
+from gemma4_jax.eval.call_rows import CallRow, asked, call_rows, read_answers, score
+from gemma4_jax.eval.exact_match import ExactMatch, exact_match
 from gemma4_jax.eval.perplexity import evaluate_loss
 from gemma4_jax.infer import program
 from gemma4_jax.infer.generate import Completion, Sampler
-from gemma4_jax.infer.prompts import conversation, read_prompts
+from gemma4_jax.infer.prompts import Prompt, conversation, read_prompts
 from gemma4_jax.mesh_choice import decoding_mesh
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.processor import Processor
 from gemma4_jax.sharding import check_batch
+from launch.comparing import run_comparison
 from launch.models import check_agreement, make_model, make_processor, model_config
 from launch.processes import devices, on
 from launch.settings import EvalRun, SampleRun
@@ -29,7 +33,9 @@ def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
     """Answers the prompts of the settings."""
     prompts = read_prompts(run.prompts)
     cfg = model_config(run.model)
-    processor = make_processor(run.tokenizer, run.model, cfg)
+    processor = make_processor(run.tokenizer, run.model, cfg, run.media)
+    if run.prompts.chat is not None:  # a file of others must not name whatever it likes
+        processor = processor.below(Path(run.prompts.chat).parent)
     check_agreement(cfg, processor)
     mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh))
     with on(mesh):
@@ -46,16 +52,29 @@ def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
 
 
 def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
-    """Perplexity and exact match of a checkpoint on held-out rows."""
+    """Perplexity, exact match and tool calls of a checkpoint on held-out rows, or the calls of a file of answers."""
     if "exact_match" in run.eval.metrics and run.data.kind != "chat":
         raise UserError(f"exact match needs chats, but data.kind is {run.data.kind!r}; set eval.metrics=perplexity.")
+    rows = wanted_calls(run) if "tool_calls" in run.eval.metrics else []
+    if run.eval.answers is not None:
+        found = score(rows, read_answers(run.eval.answers, rows))
+        return _kept(run, _reported(run, found, "tool_calls", write), write)
     cfg = model_config(run.model)
-    processor = make_processor(run.tokenizer, run.model, cfg)
+    processor = make_processor(run.tokenizer, run.model, cfg, run.media)
     check_agreement(cfg, processor, run.data)
     mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh))
     check_batch(mesh, run.data.batch_size, run.data.seq_len)
     with on(mesh):
-        results = _measured(run, processor, make_model(run.model, run.seed, mesh), write)
+        results = _measured(run, processor, make_model(run.model, run.seed, mesh), rows, write, mesh)
+    return _kept(run, results, write)
+
+
+def wanted_calls(run: EvalRun) -> list[CallRow]:
+    """The rows of the metric tool_calls."""
+    return call_rows(run.data.paths, run.eval.truth)[: run.eval.max_examples]
+
+
+def _kept(run: EvalRun, results: dict[str, float], write: Write) -> dict[str, float]:
     if run.workdir is not None:
         path = Path(run.workdir) / "eval.json"
         path.write_text(json.dumps(results, indent=1) + "\n")
@@ -63,26 +82,70 @@ def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
     return results
 
 
-def _measured(run: EvalRun, processor: Processor, model: Transformer, write: Write) -> dict[str, float]:
+def _reported(run: EvalRun, found: ExactMatch, metric: str, write: Write) -> dict[str, float]:
+    """Prints a score; what of it is kept: the whole, and of tool calls each task's, if there are several."""
+    name = metric.replace("_", " ")
+    write(f"{report.scores(found, name)}\n{report.wrong_answers(found.wrong, run.eval.show_wrong)}".rstrip())
+    tasks = found.tasks if metric == "tool_calls" and len(found.tasks) > 1 else {}
+    return {metric: found.overall.accuracy} | {f"{metric}.{task}": one.accuracy for task, one in tasks.items()}
+
+
+def _measured(
+    run: EvalRun,
+    processor: Processor,
+    model: Transformer,
+    calls: Sequence[CallRow],
+    write: Write,
+    mesh: jax.sharding.Mesh | None,
+) -> dict[str, float]:
     results: dict[str, float] = {}
+    if run.eval.against:
+        ask = _exact_match_of(run, processor, write) if "exact_match" in run.eval.metrics else None
+        return run_comparison(run, processor, model, ask, write, mesh=mesh)
     if "perplexity" in run.eval.metrics:
         results |= held_out_loss(model, processor, run.data, run.eval.max_examples, write)
         write(report.losses(results))
-    if "exact_match" in run.eval.metrics:
-        rows = [conversation(row) for row in FileRows(run.data.paths)][: run.eval.max_examples]
+    if set(run.eval.metrics) - {"perplexity"}:
         sampler = Sampler(
             model,
-            processor,
+            processor.below(Path(run.data.paths[0]).parent),
             max_length=run.sample.max_length,
             batch_size=run.sample.batch_size,
             cache=run.sample.cache,
         )
+
+        def generate(prompts: Sequence[Prompt]) -> list[Completion]:
+            return program.answer(sampler, prompts, run.sample, seed=run.seed, write=write)
+
+        if "exact_match" in run.eval.metrics:
+            rows = [conversation(row) for row in open_rows(run.data.paths)][: run.eval.max_examples]
+            results |= _reported(run, exact_match(rows, generate), "exact_match", write)
+        if "tool_calls" in run.eval.metrics:
+            results |= _reported(run, asked(calls, generate), "tool_calls", write)
+    return results
+
+
+def _exact_match_of(run: EvalRun, processor: Processor, write: Write) -> Callable[[Transformer], float]:
+    """Exact match of one model after another, all with one compiled sampler."""
+    rows = [conversation(row) for row in open_rows(run.data.paths)][: run.eval.max_examples]
+    samplers: list[Sampler] = []
+
+    def ask(model: Transformer) -> float:
+        if not samplers:
+            sizes = {
+                "max_length": run.sample.max_length,
+                "batch_size": run.sample.batch_size,
+                "cache": run.sample.cache,
+            }
+            samplers.append(Sampler(model, processor.below(Path(run.data.paths[0]).parent), **sizes))
+        (sampler,) = samplers
+        sampler.update(model)
         found = exact_match(
             rows, lambda prompts: program.answer(sampler, prompts, run.sample, seed=run.seed, write=write)
         )
-        write(f"{report.scores(found)}\n{report.wrong_answers(found.wrong, run.eval.show_wrong)}".rstrip())
-        results["exact_match"] = found.overall.accuracy
-    return results
+        return found.overall.accuracy
+
+    return ask
 
 
 def held_out_loss(

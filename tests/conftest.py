@@ -20,6 +20,19 @@ os.environ |= {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`make exhaustive` is `pytest --exhaustive -m exhaustive`."""
+    parser.addoption("--exhaustive", action="store_true", help="also every combination, not only a covering selection")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of many combinations of the same things `make test` runs some that have each thing with each other."""
+    if not config.getoption("--exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs in pytest's cache, for the other workers, the subprocesses of tests, and the next run.
 

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma4_jax.checkpoint.steps import committed_steps
 from gemma4_jax.checkpoint.store import Store
 from gemma4_jax.errors import Preempted, UserError
 from gemma4_jax.train.interruption import STALLED
 from gemma4_jax.train.loop import Hooks, TrainConfig, resume, train
-from gemma4_jax.train.metrics import Meter, Recorder
+from gemma4_jax.train.metrics import Meter
+from gemma4_jax.train.recorder import Recorder
 from gemma4_jax.train.state import TrainState
 
 STEPS = 12
@@ -73,9 +75,12 @@ def add(state: TrainState, batch, _teacher):
     return dataclasses.replace(state, step=state.step + 1, params={"w": w}), metrics
 
 
+def start() -> TrainState:
+    return TrainState(jnp.int32(0), {"w": jnp.zeros(4)}, {}, ())
+
+
 def run(directory, batches, step=add, lines=None, config=CONFIG) -> TrainState:
-    state = TrainState(jnp.int32(0), {"w": jnp.zeros(4)}, {}, ())
-    lines = [] if lines is None else lines
+    state, lines = start(), [] if lines is None else lines
     with Store(directory) as store:
         return train(
             config,
@@ -182,3 +187,27 @@ def test_a_run_in_which_nothing_happens_is_ended_with_its_stacks(tmp_path):
     assert done.stdout == "alive\n"
     assert "in step 7" in done.stderr
     assert "in hang" in done.stderr
+
+
+def test_falling_back_is_asked_for_sets_aside_and_gives_the_same_end(tmp_path):
+    whole = run(tmp_path / "whole", Counting())
+    with pytest.raises(Preempted):
+        run(tmp_path / "run", Counting(), told_in_step(6))
+    newest, before = sorted((int(step.name) for step in (tmp_path / "run").glob("[0-9]*")), reverse=True)[:2]
+    for file in (tmp_path / "run" / str(newest) / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(UserError, match=f"run/{newest} is damaged"):
+        run(tmp_path / "run", Counting())
+    lines, batches = [], Counting()
+    with Store(tmp_path / "run") as store:
+        state = resume(store, start(), batches, fall_back=True, write=lines.append)
+    assert int(state.step) == batches.number == before
+    assert f"set aside into {tmp_path / 'run_damaged'}: " in lines[0]
+    assert f"{tmp_path / 'run' / str(newest)} is damaged" in lines[0]
+    assert [path.name.split("-")[0] for path in (tmp_path / "run_damaged").iterdir()] == [str(newest)]
+    np.testing.assert_array_equal(run(tmp_path / "run", Counting()).params["w"], whole.params["w"])
+    for step in committed_steps(tmp_path / "run"):
+        (tmp_path / "run" / str(step) / "meta" / "metadata").write_text("{")
+    with pytest.raises(UserError, match="is damaged"), Store(tmp_path / "run") as store:
+        resume(store, start(), batches, fall_back=True)
+    assert len(list((tmp_path / "run_damaged").iterdir())) == 1  # nothing could be restored: nothing is moved

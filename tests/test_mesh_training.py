@@ -39,7 +39,13 @@ SIZES = {
     "tiny_26b_a4b": {"num_hidden_layers": 6},
     "tiny_31b": {"num_hidden_layers": 6},
 }
-CASES = [(name, mesh, task) for name, meshes in MESHES.items() for mesh in meshes for task in ("sft", "qat")]
+CASES: list[Any] = [
+    pytest.param(name, mesh, task, marks=[pytest.mark.exhaustive] * ((i + j) % 2 != turn and "expert" not in mesh))
+    for i, (name, meshes) in enumerate(MESHES.items())
+    for j, mesh in enumerate(meshes)
+    for turn, task in enumerate(("sft", "qat"))
+]
+"""Each model on each mesh, with the two tasks taking turns; the other half is left to `--exhaustive`."""
 CASES += [
     ("tiny_e2b", {"tensor": 4, "fsdp": 2}, "learned"),
     ("tiny_26b_a4b", {"expert": 4, "fsdp": 2}, "learned"),

@@ -19,14 +19,36 @@ NO_TASK = "all"
 class EvalConfig:
     """What to measure."""
 
-    metrics: tuple[Literal["perplexity", "exact_match"], ...] = option(("perplexity", "exact_match"), "what to report")
+    metrics: tuple[Literal["perplexity", "exact_match", "tool_calls"], ...] = option(
+        ("perplexity", "exact_match"), "what to report; tool_calls: by syntax tree, of chats or BFCL files"
+    )
+    truth: tuple[str, ...] = option(
+        (), "of tool_calls: files of accepted answers; none: X.answers.jsonl beside X.jsonl"
+    )
+    answers: str | None = option(
+        None, "of tool_calls: score the calls in this file, as sample writes them, and ask no model"
+    )
+    against: dict[str, str] = option(
+        factory=dict, help="quantised checkpoints of the model, which is then their float reference: name -> path"
+    )
     max_examples: int | None = option(None, "how many rows; none: all")
     show_wrong: int = option(5, "how many wrong answers to print")
 
     def __post_init__(self) -> None:
         if not self.metrics:
             raise UserError(
-                "eval.metrics is empty, so nothing would be measured; name perplexity, exact_match or both."
+                "eval.metrics is empty, so nothing would be measured; name some of perplexity, exact_match and tool_calls."
+            )
+        if (self.answers is not None or self.truth) and "tool_calls" not in self.metrics:
+            key = "truth" if self.truth else "answers"
+            raise UserError(f"eval.{key} belongs to tool_calls, which eval.metrics does not name; add it.")
+        if self.answers is not None and self.metrics != ("tool_calls",):
+            raise UserError(
+                "eval.answers asks no model, so it is scored for tool_calls alone; set eval.metrics=tool_calls."
+            )
+        if self.against and ("tool_calls" in self.metrics or "perplexity" not in self.metrics):
+            raise UserError(
+                "eval.against compares perplexity, and exact match if asked; eval.metrics must name perplexity, and no tool_calls."
             )
         if self.max_examples is not None and self.max_examples < 1:
             raise UserError(f"eval.max_examples is none or at least 1, got {self.max_examples}.")

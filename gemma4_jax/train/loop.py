@@ -49,6 +49,9 @@ class TrainConfig:
     )
     max_skipped: int = option(20, "end the run after more skipped updates in a row", may_change=True)
     verify: bool = option(True, "compare a checkpoint with its digests before the run goes on from it", may_change=True)
+    fall_back: bool = option(
+        False, "if the newest checkpoint is damaged, set it aside and go on from the one before", may_change=True
+    )
     stall_seconds: float = option(
         1800.0,
         "end the run, with the stacks of its threads, when nothing happens for so long; 0: never",
@@ -86,12 +89,35 @@ class Hooks:
     tracer: Tracer | None = None
 
 
-def resume(store: Store | None, state: TrainState, batches: Batches, *, verify: bool = True) -> TrainState:
-    """The newest committed state, with `batches` moved to where it was taken; `state` itself when there is none."""
-    step = None if store is None else store.latest()
-    if store is None or step is None:
+def resume(
+    store: Store | None,
+    state: TrainState,
+    batches: Batches,
+    *,
+    verify: bool = True,
+    fall_back: bool = False,
+    write: Write = print,
+) -> TrainState:
+    """The newest committed state, with `batches` moved to where it was taken; `state` itself when there is none.
+
+    With `fall_back` the newest that can be restored; those after it are set aside and named. UserError if there is none.
+    """
+    steps = [] if store is None else store.steps()
+    if store is None or not steps:
         return state
-    values, meta = store.restore(step, state.flat(), verify=verify)
+    damaged: dict[int, UserError] = {}
+    for step in reversed(steps):
+        try:
+            values, meta = store.restore(step, state.flat(), verify=verify)
+            break
+        except UserError as error:
+            damaged[step] = error
+            if not fall_back or step == steps[0]:
+                raise
+    if damaged:
+        aside = store.set_aside(list(damaged))
+        for error in damaged.values():
+            write(f"set aside into {aside}: {error}")
     batches.restore(meta["data"])
     return state.with_flat(values)
 
