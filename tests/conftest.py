@@ -25,14 +25,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--exhaustive", action="store_true", help="also every combination, not only a covering selection")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of many combinations of the same things `make test` runs some that have each thing with each other."""
-    if not config.getoption("--exhaustive"):
-        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs in pytest's cache, for the other workers, the subprocesses of tests, and the next run.
 
@@ -71,9 +63,13 @@ def shared_data() -> Path:
     return path
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked `parity` where the reference implementation is not installed."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips the tests marked `parity` where the reference implementation is not installed; leaves `exhaustive` ones to --exhaustive."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     for item in items:
         if missing and item.get_closest_marker("parity"):
             item.add_marker(pytest.mark.skip(reason=f"needs {' and '.join(missing)}: run `make parity`"))
+    if not config.getoption("--exhaustive"):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
