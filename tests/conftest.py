@@ -64,7 +64,7 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips the tests marked `parity` where the reference implementation is not installed; leaves `exhaustive` ones to --exhaustive."""
+    """Skips `parity` where the reference implementation is not installed; leaves `exhaustive` to --exhaustive."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     for item in items:
         if missing and item.get_closest_marker("parity"):
