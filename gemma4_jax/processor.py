@@ -4,6 +4,7 @@ The text is tokenised whole and the mask read off character offsets, so the toke
 lies at the borders of what is trained.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,14 @@ class Processor:
         """The same tokenizer and chat format with other eyes and ears, or reading media in another way."""
         return Processor(self.tokenizer, empty_thought=self.empty_thought, front_end=front_end)
 
+    def below(self, directory: str | Path) -> "Processor":
+        """The same, reading media below a directory and nowhere else, unless it has a media root already."""
+        config = self.front_end.config
+        if config.root is not None:
+            return self
+        config = dataclasses.replace(config, root=str(directory))
+        return self.with_front_end(dataclasses.replace(self.front_end, config=config))
+
     def save(self, directory: str | Path) -> Path:
         """Writes the tokenizer file into a checkpoint directory; returns its path."""
         return self.tokenizer.save(directory)
@@ -147,7 +156,10 @@ class Processor:
             raise ChatError(
                 "<bos> inside the text", "A message contains the string <bos>, which may stand only at the start."
             )
-        return Example(tokens, np.arange(tokens.size, dtype=np.int32), mask, self._placed(tokens, pieces) or None)
+        placed = self._placed(tokens, pieces)
+        for piece in placed:  # a model writes no pictures, whoever has sent them
+            mask[piece.start - 1 : piece.start + piece.count + 1] = False
+        return Example(tokens, np.arange(tokens.size, dtype=np.int32), mask, placed or None)
 
     def _placed(self, tokens: np.ndarray, pieces: Sequence[Piece]) -> tuple[Piece, ...]:
         """The pieces where their soft tokens stand, which are runs of placeholders in the same order."""

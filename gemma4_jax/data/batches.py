@@ -12,9 +12,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from gemma4_jax.data.media import MediaLayout
 from gemma4_jax.data.pack import Batch, best_fit, collate
 from gemma4_jax.data.rows import RowTable
 from gemma4_jax.errors import UserError
+from gemma4_jax.media.batch import MediaShape
 
 Piece = tuple[int, int]  # (row, piece of it)
 
@@ -30,6 +32,8 @@ class Plan:
         packing: several examples to a sequence, or one.
         shuffle: another order in each epoch, or the order of the files.
         epochs: passes over the rows, None for no end.
+        mixture: (first row, behind the last, weight) of each part; none: every row once in an epoch. An epoch of a mixture is as
+            many rows as there are, of each part as its weight says: some rows several times, others not yet.
     """
 
     table: RowTable
@@ -39,6 +43,7 @@ class Plan:
     shuffle: bool
     seed: int
     epochs: int | None
+    mixture: tuple[tuple[int, int, float], ...] = ()
 
     @property
     def windows_per_epoch(self) -> int:
@@ -50,15 +55,24 @@ class Plan:
 
     def order(self, window: int) -> list[int]:
         """Row indices of a window."""
-        dataset = grain.MapDataset.range(len(self.table)).seed(self.seed)
-        if self.shuffle:
-            dataset = dataset.shuffle()
-        dataset = dataset.repeat()
+        dataset = self._endless()
         epoch, number = divmod(window, self.windows_per_epoch)
         start = epoch * len(self.table)
         stop = start + min((number + 1) * self.window, len(self.table))
         rows = (dataset[index] for index in range(start + number * self.window, stop))
         return [row for row in rows if row is not None]  # None is Grain's mark for a filtered row; here is no filter
+
+    def _endless(self) -> "grain.MapDataset[int]":
+        """All rows again and again; which row is where depends on nothing but the plan, so a place in it is one number."""
+
+        def part(start: int, stop: int, seed: int) -> "grain.MapDataset[int]":
+            dataset = grain.MapDataset.range(start, stop).seed(seed)
+            return (dataset.shuffle() if self.shuffle else dataset).repeat()
+
+        if not self.mixture:
+            return part(0, len(self.table), self.seed)
+        parts = [part(start, stop, self.seed + index) for index, (start, stop, _) in enumerate(self.mixture)]
+        return grain.MapDataset.mix(parts, weights=[weight for *_, weight in self.mixture])
 
     def sequences(self, window: int) -> list[list[Piece]]:
         """The sequences of a window, each a list of pieces; skipped rows are in none."""
@@ -78,15 +92,42 @@ class Plan:
 
 
 class BatchDataset(grain.IterDataset[Batch]):
-    """The batches of one process. The last batch of all is filled up with sequences of padding."""
+    """The batches of one process, of `batch_size` sequences each. The last batch of all is filled up with sequences of padding.
 
-    def __init__(self, plan: Plan, batch_size: int, pad: int, process_index: int, process_count: int) -> None:
+    All batches have room for the media that the fullest batch of the first window has; one that needs more has room for the next
+    round number. So nearly all are of one shape, the same for every process, and wherever a run resumes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        batch_size: int,
+        pad: int,
+        process_index: int,
+        process_count: int,
+        layout: MediaLayout = MediaLayout(),  # noqa: B008
+    ) -> None:
         super().__init__()
         self.plan = plan
         self.batch_size = batch_size
         self.pad = pad
         self.process_index = process_index
         self.process_count = process_count
+        self.layout = layout
+        self.room = MediaShape()
+        if layout.sees:
+            first, size = plan.sequences(0), batch_size * process_count
+            for start in range(0, len(first), size):
+                self.room |= self.needed(first[start : start + size])
+
+    def needed(self, sequences: list[list[Piece]]) -> MediaShape:
+        """Round room for the media of a global batch: of the fullest micro-batch of the fullest process."""
+        table, needed = self.plan.table, MediaShape()
+        for start in range(0, len(sequences), self.batch_size):
+            for members in self.layout.micro_batches(sequences[start : start + self.batch_size]):
+                parts = [table.media(row) for pieces in members for row, _ in pieces]
+                needed |= sum(parts, MediaShape())
+        return needed.rounded(self.layout.multiple_of) if needed else needed
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(self)
@@ -112,7 +153,12 @@ class BatchIterator(grain.DatasetIterator[Batch]):
         own += [[]] * (dataset.batch_size - len(own))
         table, seq_len = dataset.plan.table, dataset.plan.seq_len
         examples = [[table.tokens(row).piece(number, seq_len) for row, number in pieces] for pieces in own]
-        return collate(examples, seq_len, dataset.pad)
+        batch = collate(examples, seq_len, dataset.pad)
+        room = dataset.room | dataset.needed(sequences)
+        if room:
+            share = dataset.process_index, dataset.process_count
+            batch["media"] = dataset.layout.collate(examples, seq_len, room, share)
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         return {"window": self._window, "taken": self._taken}

@@ -4,8 +4,10 @@ Three kinds of rows: chats `{"messages": [...], "tools": [...]}`, question and a
 and text. What follows the last trained token is cut off: no later token can change a causal model's loss before it.
 """
 
+import functools
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import numpy as np
 from gemma4_jax.chat_check import ChatError
 from gemma4_jax.data.source import Row
 from gemma4_jax.errors import UserError
+from gemma4_jax.media.pieces import Piece
 from gemma4_jax.processor import Example, Processor
 
 if TYPE_CHECKING:
@@ -31,15 +34,21 @@ class BadRow(UserError):
 class Encoded:
     """A row ready for packing: `tokens` int32 [n+1], and `trained` bool [n] for the targets tokens[1:].
 
-    It takes n slots of a sequence: each of its tokens but the last is an input. `note` is a remark for the summary.
+    It takes n slots of a sequence: each of its tokens but the last is an input. `note` is a remark for the summary. `media`:
+    pictures, frames and sounds among the inputs.
     """
 
     tokens: np.ndarray
     trained: np.ndarray
     note: str | None = None
+    media: tuple[Piece, ...] = ()
 
     def __len__(self) -> int:
         return self.trained.size
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.trained.nbytes + sum(piece.nbytes for piece in self.media)
 
     def piece(self, number: int, seq_len: int) -> "Encoded":
         """Its targets [number * seq_len, (number + 1) * seq_len); a later piece starts with BOS again, as any text must."""
@@ -51,11 +60,16 @@ class Encoded:
 
 
 class RowEncoder:
-    """Rows to `Encoded`, as a DataConfig says."""
+    """Rows to `Encoded`, as a DataConfig says.
+
+    Paths of media are relative to the processor's media root, or if it has none to the directory of the row's file; nothing
+    outside of it is read.
+    """
 
     def __init__(self, config: "DataConfig", processor: Processor) -> None:
         self._config = config
         self._processor = processor
+        self._below = functools.lru_cache(processor.below)  # of each directory with rows
 
     def __call__(self, row: Row) -> Encoded:
         """Raises BadRow."""
@@ -64,7 +78,7 @@ class RowEncoder:
         except UnicodeDecodeError as error:
             raise BadRow("not UTF-8", f"{row.where} is not UTF-8 (byte {error.start}).") from None
         try:
-            example, note = self._text(text) if self._config.kind == "text" else self._chat(text)
+            example, note = self._text(text) if self._config.kind == "text" else self._chat(text, row.directory)
         except ChatError as error:
             raise BadRow(error.reason, f"{row.where}: {error}") from None
         except UserError as error:  # text that no tokenizer can take
@@ -76,7 +90,7 @@ class RowEncoder:
             text = _string(_object(text), self._config.text_field)
         return self._processor.encode_text(text), None
 
-    def _chat(self, text: str) -> tuple[Example, str | None]:
+    def _chat(self, text: str, directory: Path) -> tuple[Example, str | None]:
         config, content, tools = self._config, _object(text), None
         if config.kind == "qa":
             turns = (("user", config.prompt_field), ("assistant", config.response_field))
@@ -85,7 +99,7 @@ class RowEncoder:
             messages, tools = content["messages"], content.get("tools") or None
         else:
             raise ChatError("no messages", f"the row has no key 'messages' (its keys: {_keys(content)}).")
-        example = self._processor.encode(
+        example = self._below(directory).encode(
             messages, tools, enable_thinking=config.enable_thinking, train_on=config.train_on
         )
         return example, _note(messages, config.enable_thinking)
@@ -100,7 +114,8 @@ class RowEncoder:
         if stop > self._config.seq_len and not splits:
             text = f"{row.where} needs {stop} tokens, more than seq_len {self._config.seq_len}."
             raise BadRow("longer than the sequence", text)
-        return Encoded(example.tokens[: stop + 1], example.loss_mask[1 : stop + 1], note)
+        media = tuple(piece for piece in example.media or () if piece.start + piece.count <= stop)
+        return Encoded(example.tokens[: stop + 1], example.loss_mask[1 : stop + 1], note, media)
 
 
 def _object(text: str) -> dict[str, Any]:

@@ -6,12 +6,14 @@ their lengths alone, so every process can work it out for all processes.
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from gemma4_jax.data.chat import Encoded
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
+"""numpy arrays as `collate` makes them, and under "media" a `Media` of them where there are some."""
 
 
 def best_fit(lengths: Sequence[int], seq_len: int) -> list[list[int]]:

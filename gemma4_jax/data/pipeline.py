@@ -2,15 +2,15 @@
 
 import json
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gemma4_jax.data.chat import BadRow, RowEncoder
 from gemma4_jax.data.pack import Batch
+from gemma4_jax.data.records import JoinedRows, Rows, is_records, open_rows
 from gemma4_jax.data.rows import RowTable
-from gemma4_jax.data.source import FileRows
 from gemma4_jax.errors import UserError, did_you_mean
 from gemma4_jax.options import option
 from gemma4_jax.processor import Processor
@@ -30,12 +30,16 @@ OnBadRow = Literal["skip", "error"]
 class DataConfig:
     """Which rows, and how they become batches.
 
-    `kind` "chat": JSONL of {"messages": [...], "tools": [...]}. "qa": JSONL with `prompt_field` and `response_field`, a chat of
-    two turns. "text": JSONL of {"text": ...} for files named .jsonl, else plain text whose documents are files, paragraphs
-    (between blank lines) or lines; every token is trained, and a document longer than a sequence is cut into pieces.
+    `kind` "chat": {"messages": [...], "tools": [...]}. "qa": `prompt_field` and `response_field`, a chat of two turns. Rows are
+    lines of JSON, rows of Parquet files or of a directory that `datasets` saved, or JSON records of ArrayRecord files. "text": the
+    `text_field` of such rows (JSON for files named .jsonl), else plain text whose documents are files, paragraphs (between blank
+    lines) or lines; every token is trained, and a document longer than a sequence is cut into pieces.
     """
 
     paths: str | tuple[str, ...] = option(help="files or glob patterns, separated by commas or as a tuple")
+    weights: tuple[float, ...] | None = option(
+        None, "a mixture: how much of what is read comes from each of the paths; none: as much as each has rows"
+    )
     kind: Kind = option("chat", "what a row is: a chat, question and answer fields, or text")
     seq_len: int = option(2048, "tokens in a sequence")
     batch_size: int = option(8, "sequences in a batch, over all devices and processes")
@@ -70,6 +74,10 @@ class DataConfig:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise UserError(f"data.{name} is at least {minimum}, got {getattr(self, name)}.")
+        if self.weights is not None and (len(self.weights) != len(self.paths) or min(self.weights, default=0.0) <= 0):
+            raise UserError(
+                f"data.weights wants a number above 0 for each of the {len(self.paths)} data.paths, got {self.weights}."
+            )
         if not 0.0 <= self.max_bad <= 1.0:
             raise UserError(f"data.max_bad is a share from 0 to 1, got {self.max_bad}.")
         if self.epochs is not None and self.epochs < 1:
@@ -79,18 +87,19 @@ class DataConfig:
 
     @property
     def text_is_json(self) -> bool:
-        """Text files are JSONL. Raises UserError when some are and some are not."""
-        json_lines = {path.endswith((".jsonl", ".json")) for path in self.paths}
+        """Text stands in rows of objects. Raises UserError when some does and some does not."""
+        json_lines = {path.endswith((".jsonl", ".json")) or is_records(path) for path in self.paths}
         if len(json_lines) > 1:
             raise UserError(f"data.paths mixes JSONL and plain text: {', '.join(self.paths)}; convert one of them.")
         return json_lines == {True}
 
 
 class Loader(Iterator[Batch]):
-    """Batches (see `pack.collate`) of one process, with a state that resumes exactly.
+    """Batches (see `pack.collate`, and `media.MediaLayout` for "media") of one process, with a state that resumes exactly.
 
     Attributes:
         summary: what the data are, counted before the first batch.
+        rows: what came of each row.
     """
 
     def __init__(
@@ -101,11 +110,14 @@ class Loader(Iterator[Batch]):
         process_index: int = 0,
         process_count: int = 1,
         quarantine: Path | None = None,
+        parts: int = 1,
+        multiple_of: int = 1,
     ) -> None:
         """Indexes the files and counts rows. Use `make_loader`."""
         from grain.experimental import ThreadPrefetchIterDataset  # with grain, a second to import: not for a --help
 
         from gemma4_jax.data.batches import BatchDataset, Plan
+        from gemma4_jax.data.media import MediaLayout
         from gemma4_jax.data.summary import summarise
 
         if not 0 <= process_index < process_count:
@@ -115,8 +127,9 @@ class Loader(Iterator[Batch]):
                 f"data.batch_size={config.batch_size} cannot be shared out over {process_count} processes; choose a multiple."
             )
         line_rows = config.kind != "text" or config.text_is_json
-        source = FileRows(config.paths, "line" if line_rows else config.document)
-        table = RowTable(
+        unit = "line" if line_rows else config.document
+        source = open_rows(config.paths, unit) if config.weights is None else JoinedRows(config.paths, unit)
+        self.rows = table = RowTable(
             source,
             RowEncoder(config, processor),
             raise_bad=config.on_bad_row == "error",
@@ -124,8 +137,10 @@ class Loader(Iterator[Batch]):
             max_bad=config.max_bad,
             on_bad=_quarantine(quarantine),
         )
+        mixture = _mixture(source, config.weights)
         self._plan = Plan(
-            table, config.seq_len, config.pack_window, config.packing, config.shuffle, config.seed, config.epochs
+            *(table, config.seq_len, config.pack_window, config.packing, config.shuffle, config.seed, config.epochs),
+            mixture=mixture,
         )
         self._batch_size = config.batch_size
         files = [str(path) for path in source.files]
@@ -137,9 +152,14 @@ class Loader(Iterator[Batch]):
             "global_batch": config.batch_size,
             **{name: getattr(config, name) for name in _ORDER_FIELDS},
             "vocab_size": processor.vocab_size,
+            **_reading(processor),
+            **({"mixture": [list(part) for part in mixture]} if mixture else {}),
         }
         pad = processor.tokenizer.special.pad
-        batches = BatchDataset(self._plan, config.batch_size // process_count, pad, process_index, process_count)
+        layout = MediaLayout.of(processor.front_end, parts, multiple_of)
+        share = config.batch_size // process_count
+        batches = BatchDataset(self._plan, share, pad, process_index, process_count, layout)
+        self.summary = replace(self.summary, media=batches.room, mixture=_shares(config.paths, mixture))
         # A list of one, emptied by `close`: Grain's iterator must be gone before the interpreter takes its modules down,
         # or it complains; the finalizer sees to that when nobody calls `close`.
         self._open = [iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch))]
@@ -197,6 +217,33 @@ _ORDER_FIELDS = (
 )
 
 
+def _mixture(source: Rows, weights: Sequence[float] | None) -> tuple[tuple[int, int, float], ...]:
+    """Rows and weight of each path of a mixture; empty without weights."""
+    if weights is None or not isinstance(source, JoinedRows):
+        return ()
+    return tuple((start, stop, weight) for (start, stop), weight in zip(source.spans, weights, strict=True))
+
+
+def _shares(paths: Sequence[str], mixture: Sequence[tuple[int, int, float]]) -> tuple[str, ...]:
+    """A line for each part of a mixture."""
+    total, rows = sum(weight for *_, weight in mixture), sum(stop - start for start, stop, _ in mixture)
+    return tuple(
+        f"{path}: {weight / total:.1%}; {stop - start:,} rows, each {weight / total * rows / (stop - start):.3g} times an epoch"
+        for path, (start, stop, weight) in zip(paths, mixture, strict=bool(mixture))
+    )
+
+
+def _reading(processor: Processor) -> dict[str, Any]:
+    """How media are read, which decides how many tokens they take; nothing of a processor for text."""
+    front_end = processor.front_end
+    if front_end.vision is None and front_end.audio is None:
+        return {}
+    return {f"media.{name}": getattr(front_end.config, name) for name in _READING_FIELDS}
+
+
+_READING_FIELDS = ("image_tokens", "frame_tokens", "num_frames", "listen")
+
+
 def _close(iterators: "list[DatasetIterator[Batch]]") -> None:
     while iterators:
         iterators.pop().close()
@@ -223,14 +270,25 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     quarantine: Path | None = None,
+    parts: int = 1,
+    multiple_of: int = 1,
 ) -> Loader:
     """The share of process `process_index` of `process_count` in each batch of `config.batch_size` sequences.
 
     The last batch of a finite number of epochs is filled up with padding (weight 0), so nothing is dropped and all processes
     yield equally many. For evaluation: `epochs=1, shuffle=False`, and `reset()` before each pass. Rows that cannot be used are
-    written to `quarantine` as they are met, each with its place and what is wrong with it.
+    written to `quarantine` as they are met, each with its place and what is wrong with it. Media are laid out for `parts`
+    micro-batches of a step, and padded to a multiple of `multiple_of`, the process's devices that share out a batch.
 
     Raises:
         UserError: a file is missing or empty, too many rows are not usable, or (on_bad_row="error") some row is not.
     """
-    return Loader(config, processor, process_index=process_index, process_count=process_count, quarantine=quarantine)
+    return Loader(
+        config,
+        processor,
+        process_index=process_index,
+        process_count=process_count,
+        quarantine=quarantine,
+        parts=parts,
+        multiple_of=multiple_of,
+    )

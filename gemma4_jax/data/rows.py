@@ -6,8 +6,10 @@ from collections.abc import Callable
 import numpy as np
 
 from gemma4_jax.data.chat import BadRow, Encoded
-from gemma4_jax.data.source import FileRows, Row
+from gemma4_jax.data.records import Rows
+from gemma4_jax.data.source import Row
 from gemma4_jax.errors import UserError
+from gemma4_jax.media.batch import MediaShape
 
 UNKNOWN = -1
 BAD = 0  # a usable row has at least one target
@@ -31,7 +33,7 @@ class RowTable:
 
     def __init__(
         self,
-        source: FileRows,
+        source: Rows,
         encode: Callable[[Row], Encoded],
         *,
         raise_bad: bool,
@@ -49,6 +51,7 @@ class RowTable:
         self._cache: OrderedDict[int, Encoded] = OrderedDict()
         self._lengths = np.full(len(source), UNKNOWN, np.int64)
         self._trained = np.zeros(len(source), np.int64)
+        self._media: dict[int, MediaShape] = {}  # of rows that have some
         self.skipped: Counter[str] = Counter()
         self.first_bad: dict[str, str] = {}  # reason -> the message of the first row that had it
         self.notes: Counter[str] = Counter()
@@ -70,6 +73,10 @@ class RowTable:
     def trained(self, index: int) -> int:
         """Trained targets of a row whose length has been asked for."""
         return int(self._trained[index])
+
+    def media(self, index: int) -> MediaShape:
+        """Pictures and sounds of a row whose length has been asked for."""
+        return self._media.get(index, MediaShape())
 
     def tokens(self, index: int) -> Encoded:
         """The tokens of a usable row."""
@@ -107,12 +114,14 @@ class RowTable:
             return
         self._lengths[index] = len(encoded)
         self._trained[index] = np.count_nonzero(encoded.trained)
+        if encoded.media:
+            self._media[index] = MediaShape.of(encoded.media)
         if encoded.note:
             self.notes[encoded.note] += 1
 
     def _keep(self, index: int, encoded: Encoded) -> None:
         self._cache[index] = encoded
-        self._cached_bytes += encoded.tokens.nbytes + encoded.trained.nbytes
+        self._cached_bytes += encoded.nbytes
         while self._cached_bytes > self._cache_bytes and len(self._cache) > 1:
             _, old = self._cache.popitem(last=False)
-            self._cached_bytes -= old.tokens.nbytes + old.trained.nbytes
+            self._cached_bytes -= old.nbytes

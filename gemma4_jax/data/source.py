@@ -23,6 +23,11 @@ class Row:
     where: str
     data: bytes
 
+    @property
+    def directory(self) -> Path:
+        """Of its file."""
+        return Path(self.where.rpartition(":")[0]).parent
+
 
 class FileRows:
     """Random access to the rows of files: `len(rows)`, `rows[index] -> Row`, iteration. Threads may share one; it pickles.

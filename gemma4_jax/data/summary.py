@@ -10,6 +10,7 @@ from gemma4_jax.data.batches import Plan, count_sequences
 from gemma4_jax.data.pack import best_fit
 from gemma4_jax.data.rows import RowTable
 from gemma4_jax.errors import UserError
+from gemma4_jax.media.batch import MediaShape
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Summary:
         tokens: slots the examples take. trained_tokens: targets that count in the loss.
         sequences: packed sequences. fill: share of their slots that is taken.
         batches: global batches. skipped: reason -> checked rows. first_bad: reason -> the first such row, as a sentence.
-        notes: remark -> checked rows it is true of.
+        notes: remark -> checked rows it is true of. media: room for pictures and sounds in a micro-batch of each process.
+        mixture: what comes from which path, a line each.
     """
 
     files: tuple[str, ...]
@@ -37,6 +39,8 @@ class Summary:
     skipped: dict[str, int]
     first_bad: dict[str, str]
     notes: dict[str, int]
+    media: MediaShape = MediaShape()  # noqa: RUF009  # frozen
+    mixture: tuple[str, ...] = ()
 
     @property
     def estimated(self) -> bool:
@@ -60,6 +64,9 @@ class Summary:
             ("sequences", f"{about}{self.sequences:,} of {self.seq_len:,} slots, {self.fill:.1%} full"),
             ("batches", f"{about}{self.batches:,} an epoch"),
         ]
+        if self.media:
+            lines.append(("media", f"a batch has room for {self.media.described()}"))
+        lines += [("mixture" if not index else "", text) for index, text in enumerate(self.mixture)]
         counts = Counter(self.skipped)
         total = f"{counts.total():,} of {self.checked:,} checked rows"
         lines.append(("skipped", total if counts else "none"))

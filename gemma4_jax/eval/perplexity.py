@@ -24,7 +24,7 @@ def evaluate_loss(
 
     Args:
         model: with its quantisation grids, if it has some.
-        batches: as training reads them: tokens, positions, segment_ids, targets int32 [B, T], loss_weights float32 [B, T].
+        batches: as training reads them: tokens, positions, segment_ids, targets int32 [B, T], loss_weights float32 [B, T], media.
         max_batches: how many of them; None: all, so they must end.
 
     Raises:
@@ -40,9 +40,9 @@ def evaluate_loss(
 
 
 @jax.jit
-def _sums(model: Transformer, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _sums(model: Transformer, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy, right answers and tokens of a batch, summed; float32 scalars."""
-    hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"])
+    hidden = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], batch.get("media"))
     weights = jnp.asarray(batch["loss_weights"])
     _, sums = token_losses(
         hidden,

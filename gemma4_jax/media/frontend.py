@@ -35,7 +35,8 @@ class MediaConfig:
     """How pictures, videos and sounds are read."""
 
     root: str | None = option(
-        None, "directory that media paths are relative to; nothing outside it is read; none: any path"
+        None,
+        "directory that media paths are relative to; nothing outside it is read; none: of rows that of their file, else any path",
     )
     image_tokens: int = option(280, "most soft tokens of a picture: 70, 140, 280, 560 or 1120")
     frame_tokens: int = option(70, "most soft tokens of a video frame: 70, 140, 280, 560 or 1120")

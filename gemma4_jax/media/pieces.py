@@ -29,6 +29,10 @@ class ImagePiece:
         """Soft tokens."""
         return len(self.cells)
 
+    @property
+    def nbytes(self) -> int:
+        return self.cells.nbytes
+
     def at(self, start: int) -> Self:
         """The same piece elsewhere in a sequence."""
         return dataclasses.replace(self, start=start)
@@ -46,6 +50,10 @@ class SoundPiece:
     def count(self) -> int:
         """Soft tokens: one for 40 ms."""
         return soft_frames(len(self.mel))
+
+    @property
+    def nbytes(self) -> int:
+        return self.mel.nbytes
 
     def at(self, start: int) -> Self:
         """The same piece elsewhere in a sequence."""

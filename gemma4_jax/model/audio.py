@@ -22,6 +22,8 @@ from gemma4_jax.model.stack import LAYER_INPUT, REMAT
 from gemma4_jax.sharding import constrain, gather
 
 ROLE = "audio"
+CONVOLUTION = "audio_conv"
+"""Role of kernels, whose few inputs no block of a grid fits."""
 
 
 class Subsample(nnx.Module):
@@ -29,7 +31,7 @@ class Subsample(nnx.Module):
 
     def __init__(self, channels: Dims, out: Dims, eps: float, *, rngs: nnx.Rngs, dtype: str):
         kernel = {**channels, "kernel_time": 3, "kernel_mel": 3}
-        self.conv = Weight(kernel, out, role=ROLE, stack={}, rngs=rngs, dtype=dtype)
+        self.conv = Weight(kernel, out, role=CONVOLUTION, stack={}, rngs=rngs, dtype=dtype)
         names, shape = variable_dims(out)
         self.scale = nnx.Param(jnp.ones(shape, dtype), dims=names)
         self.eps = eps
@@ -129,7 +131,7 @@ class LightConv(nnx.Module):
         self.start = parts.linear(parts.embed, {"halves": 2, **parts.embed})
         self.end = parts.linear(parts.embed, parts.embed)
         taps = {"taps": cfg.conv_kernel_size}
-        self.conv = Weight(taps, parts.embed, role=ROLE, stack=parts.stack, rngs=parts.rngs, dtype=parts.dtype)
+        self.conv = Weight(taps, parts.embed, role=CONVOLUTION, stack=parts.stack, rngs=parts.rngs, dtype=parts.dtype)
         self.limit = cfg.gradient_clipping
 
     def __call__(self, x_ATD: jax.Array) -> jax.Array:

@@ -5,6 +5,8 @@ program. A video is its frames, each an image of its own.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,24 @@ class Media:
     @property
     def longest_image(self) -> int:
         """Most soft tokens that an image here can have."""
-        return max((group.positions.shape[1] for group in self.images), default=0)
+        return max((group.positions.shape[-3] for group in self.images), default=0)
+
+    def with_dims(self, fn: Callable[[Any, tuple[str | None, ...]], Any]) -> "Media":
+        """The same with fn(array, names of its dims) in place of each array, names as `sharding.ACTIVATIONS` has them.
+
+        Media of several micro-batches have one more dim in front, whole on each device.
+        """
+
+        def apply(x: Any, *dims: str | None) -> Any:
+            return fn(x, (None,) * (x.ndim - len(dims)) + dims)
+
+        lead = self.soft_index.ndim - 2
+
+        def of_each(x: Any) -> Any:
+            return apply(x, "media", *(None,) * (x.ndim - lead - 1))
+
+        where = (apply(x, "batch", "length") for x in (self.soft_index, self.block_ids))
+        return Media(*where, *jax.tree.map(of_each, (self.images, self.sounds)))
 
 
 @jax.tree_util.register_dataclass

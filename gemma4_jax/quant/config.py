@@ -54,7 +54,7 @@ class QuantConfig:
                 raise UserError(f"quant.cover has {role!r}, which is no group of weights; {did_you_mean(role, ROLES)}")
             if role in NEVER:
                 raise UserError(f"quant.cover has {role!r}, which is {ROUTER}; take it out.")
-            if self.grid is None and role not in POLICIES[self.policy].grids:
+            if self.grid is None and role not in self._known:
                 raise UserError(
                     f"quant.cover has {role!r}, for which quant.policy={self.policy} has no grid; set quant.grid too."
                 )
@@ -65,7 +65,12 @@ class QuantConfig:
     def grids(self) -> dict[str, str]:
         """Group -> name of its grid: all that `apply` goes by."""
         covered = POLICIES[self.policy].grids
-        return {role: self.grid or covered[role] for role in self.cover or covered}
+        return {role: self.grid or self._known[role] for role in self.cover or covered}
+
+    @property
+    def _known(self) -> dict[str, str]:
+        """Group -> grid the policy has for it, whether it covers it by itself or only where it is named."""
+        return {**POLICIES[self.policy].asked, **POLICIES[self.policy].grids}
 
     @property
     def rounds(self) -> tuple[Activations, KeysValues]:

@@ -10,6 +10,10 @@
 | per_layer            | q4_0_bf16 | int4_sym7_g32 | int8_channel | int8_channel |
 | per_layer_projection | float     | int4_sym7_g32 | int8_channel | int8_channel |
 | router               | float     | float         | refused      | float        |
+| vision               | float     | float         | float        | float        |
+| audio                | float     | float         | float        | float        |
+| audio_conv           | float     | float         | float        | float        |
+| projector            | float     | float         | float        | float        |
 | activations          | float     | float         | static int8  | float        |
 | keys and values      | float     | float         | int8         | float        |
 
@@ -19,6 +23,9 @@ numbers and every converter finds the same bytes. Of `q4_0` bfloat16 keeps the c
 w4a16: compressed-tensors pack-quantized; vLLM's kernels want positive scales, which rules the grids of q4_0 out.
 mobile: E2B and E4B with int2 in half of the layers. P is the width of one layer's part of a row: 256 in both.
 int8: compressed-tensors with int8 weights, what 26B-A4B ships in place of w4a16.
+
+Towers and projectors are left float, as the released checkpoints have them; all policies but mobile have a grid for those that
+`quant.cover` names.
 """
 
 import dataclasses
@@ -41,6 +48,10 @@ ROLES = {
     "per_layer": "per-layer gates and projections of E2B and E4B",
     "per_layer_projection": "the one projection that makes all per-layer inputs of E2B and E4B",
     "router": "the choice of experts",
+    "vision": "vision tower",
+    "audio": "audio tower of E2B and E4B",
+    "audio_conv": "convolutions of the audio tower",
+    "projector": "projections of soft tokens to the text's width",
 }
 """Groups of weights, by the name that modules carry."""
 
@@ -50,6 +61,9 @@ PER_LAYER_BLOCKS = "int4_bP"
 """int4 with a scale for each layer's part of a row."""
 
 _LINEAR = ("attention", "ffw", "ffw_shared", "experts", "per_layer", "per_layer_projection")
+_SEEN_AND_HEARD = ("vision", "audio", "projector")
+_TOWERS = dict.fromkeys(_SEEN_AND_HEARD, "towers stay float unless quant.cover names them")
+_TOWERS |= {"audio_conv": "too few inputs for a block"}
 _TABLES = dict.fromkeys(("embedding", "per_layer_embedding"), "the files this policy is for keep tables in bfloat16")
 
 
@@ -57,12 +71,14 @@ _TABLES = dict.fromkeys(("embedding", "per_layer_embedding"), "the files this po
 class Policy:
     """What ships under one name: a grid for groups of weights, a reason for those that stay float.
 
-    A model with a group that is in neither is refused, as is one without the groups in `needs`.
+    A model with a group that is in neither is refused, as is one without the groups in `needs`. `asked` has grids for groups that
+    stay float unless they are named.
     """
 
     name: str
     grids: Mapping[str, str]
     stays: Mapping[str, str]
+    asked: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs: tuple[str, ...] = ()
     activations: Activations = "none"
     kv_cache: KeysValues = "none"
@@ -84,10 +100,16 @@ POLICIES: dict[str, Policy] = {
     for policy in (
         Policy(
             "q4_0",
-            {role: "q4_0_bf16" for role in ROLES if role not in ("router", "per_layer_projection")},
-            {"per_layer_projection": "llama.cpp leaves it at the source's type", "router": ROUTER},
+            {role: "q4_0_bf16" for role in ROLES if role not in ("router", "per_layer_projection", *_TOWERS)},
+            {"per_layer_projection": "llama.cpp leaves it at the source's type", "router": ROUTER, **_TOWERS},
+            dict.fromkeys(_SEEN_AND_HEARD, "q4_0_bf16"),
         ),
-        Policy("w4a16", dict.fromkeys(_LINEAR, "int4_sym7_g32"), {**_TABLES, "router": ROUTER}),
+        Policy(
+            "w4a16",
+            dict.fromkeys(_LINEAR, "int4_sym7_g32"),
+            {**_TABLES, "router": ROUTER, **_TOWERS},
+            dict.fromkeys(_SEEN_AND_HEARD, "int4_sym7_g32"),
+        ),
         Policy(
             "mobile",
             {
@@ -99,12 +121,17 @@ POLICIES: dict[str, Policy] = {
                 "per_layer": "int8_channel",
                 "per_layer_projection": "int8_channel",
             },
-            {},
+            dict.fromkeys(_TOWERS, "this policy leaves towers float"),
             needs=("ffw_shared", "per_layer_embedding"),
             activations="static",
             kv_cache="int8",
         ),
-        Policy("int8", dict.fromkeys(_LINEAR, "int8_channel"), {**_TABLES, "router": ROUTER}),
+        Policy(
+            "int8",
+            dict.fromkeys(_LINEAR, "int8_channel"),
+            {**_TABLES, "router": ROUTER, **_TOWERS},
+            dict.fromkeys(_SEEN_AND_HEARD, "int8_channel"),
+        ),
     )
 }
 """Every policy by name."""

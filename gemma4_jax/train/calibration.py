@@ -31,7 +31,8 @@ def calibrate(
     model = with_arrays(model, {**arrays(model), **blank})
     average = None
     for _ in range(count):
-        seen = _observed(model, place_batch(next(batches)), remat=remat)
+        parts = [_observed(model, place_batch(part), remat=remat) for part in micro_batches(next(batches))]
+        seen = jax.tree.map(lambda *x: functools.reduce(jnp.maximum, x), *parts)
         average = seen if average is None else jax.tree.map(lambda a, x: DECAY * a + (1 - DECAY) * x, average, seen)
     assert average is not None
     found = {
@@ -40,8 +41,20 @@ def calibrate(
     return with_arrays(model, {**arrays(model), **found})
 
 
+def micro_batches(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The micro-batches of a batch whose media are cut for them (`data.media.MediaLayout`); else the batch."""
+    media = batch.get("media")
+    if media is None or media.soft_index.ndim == 2:
+        return [batch]
+    count, rows = len(media.soft_index), {name: x for name, x in batch.items() if name != "media"}
+    return [
+        {**{name: x[part::count] for name, x in rows.items()}, "media": jax.tree.map(lambda x, i=part: x[i], media)}
+        for part in range(count)
+    ]
+
+
 @functools.partial(jax.jit, static_argnames="remat")
-def _observed(model: Transformer, batch: Mapping[str, jax.Array], *, remat: str) -> dict[str, jax.Array]:
+def _observed(model: Transformer, batch: Mapping[str, Any], *, remat: str) -> dict[str, jax.Array]:
     """absmax / 127 at every scale: what roundings give as its cotangent, whatever is differentiated.
 
     So nothing of the backward pass but that is computed: XLA drops the rest.
@@ -50,7 +63,7 @@ def _observed(model: Transformer, batch: Mapping[str, jax.Array], *, remat: str)
 
     def run(free):
         hidden = with_arrays(model, {**values, **free}).hidden(
-            batch["tokens"], batch["positions"], batch["segment_ids"], remat=remat
+            batch["tokens"], batch["positions"], batch["segment_ids"], batch.get("media"), remat=remat
         )
         return hidden.astype(jnp.float32).sum()
 

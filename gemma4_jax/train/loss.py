@@ -1,6 +1,7 @@
 """The loss of a batch: cross-entropy, or with a teacher its mixture with the KL divergence, summed over trained tokens."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 
@@ -8,8 +9,9 @@ from gemma4_jax.kernels.cross_entropy import token_losses
 from gemma4_jax.model.moe import ExpertLoad, balance_loss, load_stats
 from gemma4_jax.model.transformer import Transformer
 
-Batch = Mapping[str, jax.Array]
-"""tokens, positions (-1 padding), segment_ids (0 padding), targets: int32 [B, T]; loss_weights: float32 [B, T]."""
+Batch = Mapping[str, Any]
+"""tokens, positions (-1 padding), segment_ids (0 padding), targets: int32 [B, T]; loss_weights: float32 [B, T]; with pictures or
+sounds media: `Media`."""
 
 
 def loss_sum(
@@ -52,5 +54,7 @@ def loss_sum(
 
 
 def _head_inputs(model: Transformer, batch: Batch, remat: str) -> tuple[jax.Array, jax.Array, ExpertLoad | None]:
-    hidden, load = model.hidden_and_load(batch["tokens"], batch["positions"], batch["segment_ids"], remat=remat)
+    hidden, load = model.hidden_and_load(
+        batch["tokens"], batch["positions"], batch["segment_ids"], batch.get("media"), remat=remat
+    )
     return hidden, model.embed.head(hidden.dtype), load

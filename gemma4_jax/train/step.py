@@ -10,6 +10,7 @@ import optax
 
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import variables, with_arrays
+from gemma4_jax.model.tally import of_stacks, tallied
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.sharding import constrain, rest
 from gemma4_jax.train.loss import Batch, loss_sum
@@ -42,9 +43,16 @@ def make_train_step(
     if balance_weight and not template.cfg.num_experts:
         raise UserError(f"train.balance_weight={balance_weight} balances experts, but the model has none; set it to 0.")
 
-    def micro_batch(params, frozen, batch: Batch, teacher: Transformer | None):
-        def loss(params):
-            model = with_arrays(template, {**params, **frozen})
+    def micro_batch(params, frozen, batch: Batch, teacher: Transformer | None, totals=None):
+        """Sums and gradients; with `totals`, of the parameters in stacks of layers, those plus the gradients."""
+        totals = {} if totals is None else totals
+        zeros = {name: rest(jnp.zeros_like(total), dims[name]) for name, total in totals.items()}
+        differentiated = {name: value for name, value in params.items() if name not in totals}, zeros
+
+        def loss(differentiated):
+            others, zeros = differentiated
+            model = with_arrays(template, {**params, **others, **frozen})
+            model = tallied(model, zeros, totals) if totals else model
             weight = distill_weight if teacher is not None else 0.0
             return loss_sum(
                 model,
@@ -56,7 +64,8 @@ def make_train_step(
                 balance_weight=balance_weight,
             )
 
-        (total, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        (total, sums), (of_others, of_layers) = jax.value_and_grad(loss, has_aux=True)(differentiated)
+        grads = {name: of_layers[name] if name in totals else of_others[name] for name in params}
         sums = {**sums, "loss_sum": total, "tokens": jnp.sum(batch["loss_weights"])}
         return {**sums, "slots": jnp.sum(batch["positions"] >= 0, dtype=jnp.float32)}, grads
 
@@ -68,8 +77,8 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, teacher: Transformer | None):
-        def one(micro):
-            sums, grads = micro_batch(state.params, {**state.frozen, **state.base}, micro, teacher)
+        def one(micro, totals=None):
+            sums, grads = micro_batch(state.params, {**state.frozen, **state.base}, micro, teacher, totals)
             return sums, resting(grads)
 
         sums, grads = one(batch) if grad_accum == 1 else _accumulate(one, resting, batch, grad_accum)
@@ -100,8 +109,11 @@ _MEANS = {"accuracy": "correct_sum"} | {
 }
 
 
-def _accumulate(one: Callable[[Batch], Any], resting: Callable, batch: Batch, count: int) -> Any:
-    """Sums of `one` over `count` equal parts of the batch, one at a time, in float32."""
+def _accumulate(one: Callable[..., Any], resting: Callable, batch: Batch, count: int) -> Any:
+    """Sums of `one` over `count` equal parts of the batch, one at a time, in float32.
+
+    Of the layers' gradients there is one copy throughout: `one` adds to it layer by layer (`model.tally`).
+    """
     rows = batch["tokens"].shape[0]
     if rows % count:
         raise UserError(f"train.grad_accum={count} does not divide data.batch_size={rows}; choose one that does.")
@@ -117,6 +129,11 @@ def _accumulate(one: Callable[[Batch], Any], resting: Callable, batch: Batch, co
     zeros = sums, resting(grads)
 
     def add(total, part):
-        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, one(part)), None
+        sums, grads = total
+        stacked = {name: grads[name] for name in of_stacks(grads)}
+        new_sums, new_grads = one(part, stacked)
+        others = {name: t + new_grads[name].astype(jnp.float32) for name, t in grads.items() if name not in stacked}
+        total = {name: others[name] if name in others else new_grads[name] for name in grads}
+        return (jax.tree.map(jnp.add, sums, new_sums), resting(total)), None
 
     return jax.lax.scan(add, zeros, parts)[0]
