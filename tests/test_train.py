@@ -46,10 +46,19 @@ def after_one_step(model: Transformer, config: OptimConfig, **options) -> tuple[
     return step(TrainState.create(model, optim, config.freeze), batch_of(), None)
 
 
-def test_micro_batches_change_nothing():
-    model, config = small(), OptimConfig(learning_rate=1e-3)
-    whole, a = after_one_step(model, config)
-    parts, b = after_one_step(model, config, grad_accum=4, remat="full")
+@pytest.mark.parametrize(
+    ("variant", "remat", "freeze"),
+    [
+        ("tiny_31b", "full", ()),
+        ("tiny_e2b", "none", ("own.full.*", "embed*")),
+        ("tiny_26b_a4b", "full", ("own.sliding.*",)),
+    ],
+)
+def test_micro_batches_change_nothing(variant, remat, freeze):
+    """Of layers that own keys and values, that share them, and of experts; with some of them frozen."""
+    model, config = small(variant), OptimConfig(learning_rate=1e-3, freeze=freeze)
+    whole, a = after_one_step(model, config, remat=remat)
+    parts, b = after_one_step(model, config, grad_accum=4, remat=remat)
     for name in ("loss", "tokens", "slots", "grad_norm", "accuracy"):
         assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-5), name
     # Adam's first step is the sign of the gradient: compare moments, which are linear in it.

@@ -1,6 +1,6 @@
 """A stack of equal blocks, scanned: inside a block first the sliding layers, then the full one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from gemma4_jax.model.gathering import gathered
 from gemma4_jax.model.kv import KV
 from gemma4_jax.model.layer import Layer
 from gemma4_jax.model.moe import ExpertLoad
+from gemma4_jax.model.tally import Tally, linked, settled
 from gemma4_jax.sharding import constrain
 
 KeyValue = tuple[jax.Array, jax.Array]
@@ -46,6 +47,11 @@ class Kept(NamedTuple):
     load: ExpertLoad | None
 
 
+def part(of_stack: Mapping[str, jax.Array], kind: LayerKind) -> dict[str, jax.Array]:
+    """The arrays of one kind of layer, by their names in it."""
+    return {name.removeprefix(f"{kind}."): x for name, x in of_stack.items() if name.startswith(f"{kind}.")}
+
+
 class LayerStack(nnx.Module):
     """`plan.blocks` blocks whose parameters are stacked: sliding layers [blocks, n, ...], full layers [blocks, ...].
 
@@ -58,6 +64,8 @@ class LayerStack(nnx.Module):
         self.sliding = Layer(cfg, "sliding", plan.owns_kv, plan.ffw, stack=inner, rngs=rngs, dtype=dtype)
         self.full = Layer(cfg, "full", plan.owns_kv, plan.ffw, stack=blocks, rngs=rngs, dtype=dtype)
         self.plan = plan
+        self.tally: Tally | None = nnx.data(None)
+        """Where gradients add up over micro-batches (`tallied`); not a part of the model."""
 
     def __call__(
         self,
@@ -103,29 +111,47 @@ class LayerStack(nnx.Module):
             run = jax.checkpoint(run, policy=REMAT[remat])
 
         def sliding_step(carry, xs):
-            h, _ = carry
-            h, handed, kept = run(xs[0], h, xs[1])
-            return (h, handed), kept
+            h, _, rows = carry
+            layer, per_layer, index = xs
+            if rows is not None:
+                layer, rows = linked(layer, rows, index)
+            h, handed, kept = run(layer, h, per_layer)
+            return (h, handed, rows), kept
 
         def block_step(carry, xs):
-            h, handed_sliding, _ = carry
-            sliding, full, per_layer_sliding, per_layer_full = xs
-            (h, handed_sliding), kept_sliding = jax.lax.scan(
-                sliding_step, (h, handed_sliding), (sliding, per_layer_sliding)
+            h, handed_sliding, _, rows = carry
+            sliding, full, per_layer_sliding, per_layer_full, (sliding_index, full_index) = xs
+            of_sliding, of_full = (None, None) if rows is None else rows
+            (h, handed_sliding, of_sliding), kept_sliding = jax.lax.scan(
+                sliding_step, (h, handed_sliding, of_sliding), (sliding, per_layer_sliding, sliding_index)
             )
+            if of_full is not None:
+                full, of_full = linked(full, of_full, full_index)
             h, handed_full, kept_full = run(full, h, per_layer_full)
-            return (h, handed_sliding, handed_full), (kept_sliding, kept_full)
+            rows = None if rows is None else (of_sliding, of_full)
+            return (h, handed_sliding, handed_full, rows), (kept_sliding, kept_full)
 
         sliding_inputs = full_inputs = None
         if per_layer_LBTP is not None:
             inputs = per_layer_LBTP.reshape(plan.blocks, plan.block_size, *per_layer_LBTP.shape[1:])
             sliding_inputs, full_inputs = inputs[:, :-1], inputs[:, -1]
-        start = (h_BTD, *self._nothing_yet(h_BTD, hand_on))
-        xs = (self.sliding, self.full, sliding_inputs, full_inputs)
-        (h, handed_sliding, handed_full), kept = jax.lax.scan(block_step, start, xs)
+        rows = None if self.tally is None else tuple(part(self.tally.zeros, kind) for kind in ("sliding", "full"))
+        start = (h_BTD, *self._nothing_yet(h_BTD, hand_on), rows)
+        xs = (self.sliding, self.full, sliding_inputs, full_inputs, self._indices())
+        (h, handed_sliding, handed_full, rows), kept = jax.lax.scan(block_step, start, xs)
+        if self.tally is not None:
+            h = settled(h, rows, tuple(part(self.tally.totals, kind) for kind in ("sliding", "full")))
         if handed_sliding is None or handed_full is None:
             return h, None, kept
         return h, {"sliding": handed_sliding, "full": handed_full}, kept
+
+    def _indices(self) -> tuple[Any, Any]:
+        """Where in the stack each layer is: (block, place in it) of sliding ones, (block,) of full ones; (None, None) untallied."""
+        if self.tally is None:
+            return None, None
+        shape = self.plan.blocks, self.plan.sliding
+        block, place = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        return (block, place), (block[:, 0],)
 
     def _nothing_yet(self, h_BTD: jax.Array, hand_on: bool) -> tuple[KeyValue | None, KeyValue | None]:
         """The k, v that the scan's carry starts with; every layer overwrites them unread."""

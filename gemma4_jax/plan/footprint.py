@@ -79,14 +79,15 @@ def _training(job: Job, c: Constants) -> list[dict[str, float]]:
         kept["per-layer inputs"] = 2.0 * job.tokens * job.per_layer_width * job.compute_bytes
     if job.cfg.num_kv_shared_layers:
         kept["shared keys and values"] = 2.0 * sum(_keys(job, kind) for kind in ("sliding", "full"))
-    # The table's gradient is made with the loss; with gradient accumulation a second sum of all gradients lives throughout.
+    # The table's gradient is made with the loss. With gradient accumulation the layers' gradients are there throughout, once
+    # (`model.tally`); tables have a sum beside the gradient of a micro-batch.
     of_layers = {True: 0.0, False: 0.0}
     for share in job.shares:
         of_layers[share.is_table] += 4.0 * share.elements * share.trainable
-    summed = {"summed gradients": of_layers[True] + of_layers[False]} if job.grad_accum > 1 else {}
+    summed = {"summed gradients": of_layers[True]} if job.grad_accum > 1 else {}
     table_gradient = 4.0 * table
     moments = [
-        {**summed, **kept, "gradients": table_gradient, **_loss(job, c)},
+        {**summed, **kept, "gradients": table_gradient + of_layers[False] * (job.grad_accum > 1), **_loss(job, c)},
         {**summed, "gradients": of_layers[True] + of_layers[False] + table_gradient, **_lookup(job, c)},
     ]
     for stack, kind, _ in job.layer_kinds:
