@@ -8,11 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gemma4_jax.errors import UserError
+from gemma4_jax.model import packing
 from gemma4_jax.model.decode import Decoder, unroll
 from gemma4_jax.model.embed import Embedding
 from gemma4_jax.model.gathering import in_use
 from gemma4_jax.model.linear import Weight, holding, multiplies_in
+from gemma4_jax.model.parameters import modules
 from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.quant.policy import grid_names
 
 LOOKED_UP = "per_layer_embedding"
 """The role of tables that are only read by rows, which are rounded and cast one by one: most of E2B's bytes, left as they are."""
@@ -43,16 +47,23 @@ def decoder_of(model: Transformer, *, consume: bool = False) -> Decoder:
     return parts_of(model, consume=consume)[0]
 
 
-def parts_of(model: Transformer, *, consume: bool = False) -> tuple[Decoder, Towers | None]:
+def parts_of(model: Transformer, *, consume: bool = False, packed: bool = False) -> tuple[Decoder, Towers | None]:
     """The unrolled model with every weight as decoding uses it: rounded to its grid, in `decoding_dtype`; and its towers.
 
     A step reads all weights, so neither is left to the step. The router stays as it is: it computes in float32. Tables that
     need neither are the model's own arrays, not copies. With `consume` the stacked weights are deleted as soon as they are
-    unrolled, so that they never exist twice; the model must not be used any more.
+    unrolled, so that they never exist twice; the model must not be used any more. `packed` leaves linear maps and experts with
+    a grid as codes, for each step to decode: the same numbers, a seventh of the bytes of float32 at 4 bits.
+
+    Raises UserError where `packed` finds no grid.
     """
+    if packed:
+        model = _packed(model, consume=consume)
     dtype = decoding_dtype(str(jnp.dtype(model.compute_dtype)), jax.default_backend())
 
     def ready(module):
+        if isinstance(module, Weight) and module.packed is not None:
+            return module
         if not _is_weight(module) or module.role == LOOKED_UP or multiplies_in(module.role, dtype) is None:
             return module
         plain = module.plain if isinstance(module, Weight) else module.grid is None
@@ -68,6 +79,17 @@ def parts_of(model: Transformer, *, consume: bool = False) -> tuple[Decoder, Tow
     decoder = placed(in_use(unroll(whole, consume=consume)))
     decoder.compute_dtype = dtype
     return decoder, towers
+
+
+def _packed(model: Transformer, *, consume: bool) -> Transformer:
+    weights = {path for path, module in modules(model) if isinstance(module, Weight)}
+    grids = {path: grid for path, grid in grid_names(model).items() if path in weights}
+    if not grids and not packing.packed_names(model):
+        raise UserError(
+            "sample.packed keeps codes as codes, but the model has none: it was not trained on a grid. Round it first with "
+            "export.policy, or leave sample.packed out."
+        )
+    return packing.packed(model, grids, consume=consume)
 
 
 T = TypeVar("T")

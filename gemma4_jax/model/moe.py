@@ -1,7 +1,6 @@
 """The sparse half of a 26B-A4B layer: router and experts, dropless."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.config import ModelConfig
+from gemma4_jax.kernels.expert_routes import Gate
 from gemma4_jax.kernels.experts import experts
 from gemma4_jax.model.linear import Dims, Linear, Rounding, Weight, variable_dims
 from gemma4_jax.model.mlp import gelu
@@ -99,13 +99,34 @@ class Experts(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, weights_BTk: jax.Array, index_BTk: jax.Array) -> jax.Array:
         """sum over the chosen experts of weight * expert(x), [B, T, D]; weights and index as Router gives them."""
-        gate_up, down = (weight.rounded().astype(x_BTD.dtype) for weight in (self.gate_up, self.down))
         gate = _gate
         if (rounding := self.gate_up.activations) is not None:
             # The same object every time: the gate is a static argument of `experts`.
             x_BTD, gate = rounding.enter(x_BTD, None), _rounded_gate(rounding)
+        if self.gate_up.packed is not None and index_BTk.size < self.num_experts and current_mesh() is None:
+            return self._few(x_BTD, weights_BTk, index_BTk, gate)
+        gate_up, down = (weight.rounded().astype(x_BTD.dtype) for weight in (self.gate_up, self.down))
         with jax.named_scope("experts"):
             return experts(x_BTD, weights_BTk, index_BTk, gate_up, down, gate)
+
+    def _few(self, x_BTD: jax.Array, weights_BTk: jax.Array, index_BTk: jax.Array, gate: Gate) -> jax.Array:
+        """The same for fewer rows than experts, of codes: one row after the other, so that one expert is decoded at a time."""
+        lead, count = x_BTD.shape[:-1], index_BTk.shape[-1]
+        x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+
+        def row(total_MD: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
+            expert, token = index_BTk.reshape(-1)[i], i // count
+            gate_up, down = (_one(weight, expert).rounded().astype(x_MD.dtype) for weight in (self.gate_up, self.down))
+            out_D = gate(x_MD[token] @ gate_up.reshape(gate_up.shape[0], -1)) @ down
+            return total_MD.at[token].add(weights_BTk.reshape(-1)[i] * out_D.astype(jnp.float32)), None
+
+        start = jnp.zeros(x_MD.shape, jnp.float32)
+        total_MD, _ = jax.lax.scan(row, start, jnp.arange(index_BTk.size, dtype=jnp.int32))
+        return total_MD.astype(x_BTD.dtype).reshape(*lead, -1)
+
+
+def _one(weight: Weight, expert: jax.Array) -> Weight:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, expert, keepdims=False), weight)
 
 
 def _gate(gate_up: jax.Array) -> jax.Array:
@@ -114,7 +135,7 @@ def _gate(gate_up: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _rounded_gate(rounding: Rounding) -> Callable[[jax.Array], jax.Array]:
+def _rounded_gate(rounding: Rounding) -> Gate:
     return lambda gate_up: rounding.enter(_gate(gate_up), None)
 
 

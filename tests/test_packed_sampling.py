@@ -1,0 +1,62 @@
+"""Sampling from codes: the tokens of the rounded weights, a seventh of their bytes, and a word where there are no codes."""
+
+import numpy as np
+import pytest
+
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.errors import UserError
+from gemma4_jax.infer.generate import Sampler
+from gemma4_jax.infer.weights import decoder_of, parts_of
+from gemma4_jax.model.linear import Weight
+from gemma4_jax.model.parameters import arrays, map_arrays, modules
+from gemma4_jax.model.transformer import init
+from gemma4_jax.quant.policy import QuantConfig, apply
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A mixture on the grids of q4_0, with random norms."""
+    sizes = dict(num_hidden_layers=6, vocab_size=128, hidden_size=64, num_experts=16, top_k_experts=2)
+    rng = np.random.default_rng(0)
+    plain = init(ModelConfig.variant("tiny_26b_a4b", **sizes), 1)
+
+    def draw(path, variable):
+        value = variable.get_value()
+        return value if path.endswith(".w") else value * rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
+
+    return apply(map_arrays(draw, plain), QuantConfig())
+
+
+def test_tokens_are_those_of_the_rounded_weights(model):
+    """Prompts of a chunk, which decode all experts, and steps, which decode the chosen ones."""
+    prompts = [np.random.default_rng(n).integers(3, 128, n).tolist() for n in (3, 20)]
+
+    def answers(packed: bool):
+        sampler = Sampler(model, max_length=64, batch_size=2, packed=packed)
+        found = sampler.generate(prompts, max_new_tokens=16, temperature=0.0, stop=[])
+        return [one.tokens for one in found], np.concatenate([one.logprobs for one in found])
+
+    (tokens, logprobs), (expected, exact) = answers(True), answers(False)
+    assert tokens == expected
+    np.testing.assert_allclose(logprobs, exact, atol=1e-4)
+
+
+def test_bytes_fall(model):
+    def size(decoder) -> dict[bool, int]:
+        weights = {
+            f"{path}." for path, module in modules(decoder) if isinstance(module, Weight) and module.role != "router"
+        }
+        found = {True: 0, False: 0}
+        for name, x in arrays(decoder).items():
+            found[any(name.startswith(path) for path in weights)] += x.nbytes
+        return found
+
+    codes, floats = size(parts_of(model, packed=True)[0]), size(decoder_of(model))
+    assert codes[False] == floats[False]
+    # 4 bits and a float16 scale for 32 weights, against 32 bits.
+    assert codes[True] == floats[True] * (4 + 16 / 32) / 32
+
+
+def test_there_must_be_codes():
+    with pytest.raises(UserError, match=r"sample\.packed .* not trained on a grid"):
+        Sampler(init(ModelConfig.variant("tiny_31b", num_hidden_layers=6)), max_length=64, packed=True, consume=True)
