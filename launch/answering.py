@@ -47,6 +47,7 @@ def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
             batch_size=run.sample.batch_size,
             cache=run.sample.cache,
             consume=True,
+            packed=run.sample.packed,
         )
         return program.run_sample(sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write)
 
@@ -112,6 +113,7 @@ def _measured(
             max_length=run.sample.max_length,
             batch_size=run.sample.batch_size,
             cache=run.sample.cache,
+            packed=run.sample.packed,
         )
 
         def generate(prompts: Sequence[Prompt]) -> list[Completion]:

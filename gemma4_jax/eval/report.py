@@ -6,12 +6,12 @@ from gemma4_jax.eval.exact_match import ExactMatch, Wrong
 from gemma4_jax.tables import percent, table
 
 
-def scores(result: ExactMatch) -> str:
-    """Exact match by task and overall."""
+def scores(result: ExactMatch, name: str = "exact match") -> str:
+    """Right answers by task and overall."""
     rows = [(task, score.correct, score.total, percent(score.accuracy)) for task, score in result.tasks.items()]
     if len(rows) > 1:
         rows.append(("overall", result.overall.correct, result.overall.total, percent(result.overall.accuracy)))
-    return table(("task", "right", "of", "exact match"), rows)
+    return table(("task", "right", "of", name), rows)
 
 
 def losses(values: Mapping[str, float]) -> str:
