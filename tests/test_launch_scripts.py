@@ -133,6 +133,13 @@ def test_every_word_of_a_run_reaches_every_machine(script, more):
     assert all(option(words, "project") == "p" for words in commands if words[0] == "gcloud")
 
 
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "pod_slice.sh", "multislice.sh", "gke.sh", "slurm.sh", "gpu_box.sh"])
+def test_help(script):
+    done = call(script, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--dry_run" in done.stdout
+
+
 def test_all_verbs_of_a_slice():
     for verb, count in (("create", 2), ("setup", 3), ("logs", 1), ("stop", 1), ("delete", 1)):
         assert len(dry("pod_slice.sh", verb, "a1", *ZONE, "--topology=v6e:4x4", "--dry_run")) == count
