@@ -22,6 +22,7 @@ from gemma4_jax.infer.cache import CacheConfig
 from gemma4_jax.infer.prefix import PrefixStore
 from gemma4_jax.infer.request import Request, Running, masks_of
 from gemma4_jax.infer.sampler import Rules
+from gemma4_jax.infer.senses import WHOLE_PICTURE, Senses
 from gemma4_jax.infer.steps import (
     NOTHING,
     STEPS,
@@ -33,10 +34,11 @@ from gemma4_jax.infer.steps import (
     finish_prompts,
     read_chunk,
 )
-from gemma4_jax.infer.weights import decoder_of, placed
+from gemma4_jax.infer.weights import parts_of, placed
 from gemma4_jax.model.decode import Decoder
 from gemma4_jax.model.kv import CACHE_DIMS, Cache, Chunk, empty_cache
 from gemma4_jax.model.layouts import CacheFormat
+from gemma4_jax.model.multimodal import SoftTokens
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.sharding import constrain
 
@@ -129,8 +131,11 @@ class Engine:
         cache: CacheConfig = CacheConfig(),  # noqa: B008
         chunk: int = CHUNK,
         consume: bool = False,
+        packed: bool = False,
     ):
         """`chunk` is a power of two from 16. `consume`: the model's own arrays are deleted as they are unrolled.
+
+        `packed`: weights with a grid stay codes, see `weights.parts_of`.
 
         Raises UserError for a cache layout that the model cannot have.
         """
@@ -142,7 +147,11 @@ class Engine:
         self.format = cache.format(model.cfg)
         self.prefixes = PrefixStore(model.cfg, cache.prefix_mb * 10**6)
         self._sizes = chunk_sizes(min(chunk, 1 << (self.max_length - 1).bit_length()))
-        self._group = min(GROUP, slots)
+        self._chunk, self._group = self._sizes[-1], min(GROUP, slots)
+        if self.cfg.vision is not None and self.cfg.sees_ahead and self._chunk < min(WHOLE_PICTURE, self.max_length):
+            self._sizes.append(WHOLE_PICTURE)
+        self._senses = Senses(self.cfg, self._group, self._sizes[-1])
+        self._packed = packed
         self._cache: Cache | None = None
         self._waiting: collections.deque[Running] = collections.deque()
         self._reset()
@@ -158,6 +167,7 @@ class Engine:
                 self.cancel(running)
         self._model, self._consume = model, consume
         self._decoder: Decoder | None = None
+        self._senses.use(None)
         self.prefixes.clear()
         if model is None:
             self._cache, self._progress = None, None
@@ -166,10 +176,15 @@ class Engine:
 
     def submit(self, request: Request) -> Running:
         """Queues a request. Raises UserError, one sentence, if it can never be answered; the others go on."""
-        request.check(self.cfg.vocab_size, self.max_length)
+        self.check(request)
         running = Running(request)
         self._waiting.append(running)
         return running
+
+    def check(self, request: Request) -> None:
+        """UserError if a request can never be answered."""
+        request.check(self.cfg.vocab_size, self.max_length)
+        self._senses.check(request)
 
     def cancel(self, running: Running) -> None:
         """Ends a request; its slot is free for the next one at once."""
@@ -215,11 +230,14 @@ class Engine:
             raise ValueError("warm_up wants an idle engine.")
         decoder = self._ready()
         self.reserve(self.max_length)
+        self._senses.warm_up()
         for pieces in sorted({1, self._group}):
             rows = np.full(pieces, self.slots, np.int32)
             for size in self._sizes:
                 zeros = np.zeros(pieces, np.int32)
                 chunk = Chunk(np.zeros((pieces, size), np.int32), rows, zeros, zeros, np.zeros(pieces, bool))
+                if self.cfg.is_multimodal:
+                    self._read_chunk(chunk, self._senses.blank((pieces, size)))
                 h, after = self._read_chunk(chunk)
             self._finish(decoder, h, after, Ends(rows * 0, rows, rows * 0 - 1, rows * 0))
         for alone in (False, True)[: self.slots]:
@@ -243,7 +261,8 @@ class Engine:
         if self._decoder is None:
             if self._model is None:
                 raise ValueError("The weights were released; call update with a model first.")
-            self._decoder = decoder_of(self._model, consume=self._consume)
+            self._decoder, towers = parts_of(self._model, consume=self._consume, packed=self._packed)
+            self._senses.use(towers)
             if self._consume:
                 self._model = None
         return self._decoder
@@ -277,7 +296,7 @@ class Engine:
                 self._reuse(slot, running)
 
     def _reuse(self, slot: int, running: Running) -> None:
-        tokens = running.request.tokens
+        tokens = running.request.keys
         found = self.prefixes.longest(tokens)
         if found is not None:
             count = found.tokens.size
@@ -305,25 +324,28 @@ class Engine:
             running.read += size
             if not running.reading:
                 ends[i], left[i] = running.slot, request.max_new_tokens
-        h, after = self._read_chunk(Chunk(tokens, rows, first, count, fresh))
+        looked = [(running, running.read - size, size) for running, size in zip(chosen, sizes, strict=True)]
+        soft = self._senses.of_chunk(looked, (pieces, width))
+        h, after = self._read_chunk(Chunk(tokens, rows, first, count, fresh), soft)
         for running in chosen:
             if running.read in running.cuts:
                 assert self._cache is not None
                 assert running.slot is not None
-                self.prefixes.keep(self._cache, running.slot, running.request.tokens[: running.read])
+                self.prefixes.keep(self._cache, running.slot, running.request.keys[: running.read])
         if (ends < self.slots).any():
             position = np.where(ends < self.slots, first + count - 1, NOTHING).astype(np.int32)
             self._first_tokens(decoder, chosen, h, after, Ends(last, ends, position, left))
-        return max(sizes) == self._sizes[-1]
+        return max(sizes) >= self._chunk
 
     def _next_piece(self, running: Running) -> int:
         """How many tokens of this prompt to read next."""
-        left = min(len(running.request.tokens) - running.read, self._sizes[-1])
-        return min([left, *(cut - running.read for cut in running.cuts if cut > running.read)])
+        left = min(len(running.request.tokens) - running.read, self._chunk)
+        size = min([left, *(cut - running.read for cut in running.cuts if cut > running.read)])
+        return self._senses.whole(running.request, running.read, size)
 
-    def _read_chunk(self, chunk: Chunk):
+    def _read_chunk(self, chunk: Chunk, soft: SoftTokens | None = None):
         assert self._cache is not None
-        self._cache, h, after = read_chunk(self._ready(), self._cache, chunk, self.format)
+        self._cache, h, after = read_chunk(self._ready(), self._cache, chunk, self.format, soft)
         return h, after
 
     def _first_tokens(self, decoder: Decoder, chosen: list[Running], h, after, ends: Ends) -> None:
@@ -385,7 +407,7 @@ class Engine:
                 if self.prefixes.budget and place == len(new) - 1:
                     assert self._cache is not None
                     # The newest token is not in the cache yet.
-                    written = [*running.request.tokens, *running.tokens[:-1]]
+                    written = [*running.request.keys, *running.tokens[:-1]]
                     self.prefixes.keep(self._cache, slot, written)
                     self.prefixes.saw(written)
                 return

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Unpack
 
 from gemma4_jax import chat_parse
+from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.cache import CacheConfig
 from gemma4_jax.infer.constraint import Constraint
@@ -13,6 +14,7 @@ from gemma4_jax.infer.output_form import FormConfig, FormOptions, OutputForm
 from gemma4_jax.infer.prompts import EncodedPrompt, Prompt, encode_prompt
 from gemma4_jax.infer.request import Reason, Request, Running
 from gemma4_jax.infer.sampler import Rule
+from gemma4_jax.media.frontend import FrontEnd
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.options import option
 from gemma4_jax.processor import Processor
@@ -31,6 +33,9 @@ class SampleConfig:
     enable_thinking: bool = option(False, "let the model think before it answers a conversation")
     batch_size: int = option(8, "prompts answered side by side")
     max_length: int | None = option(None, "most tokens of a prompt and its answer; none: the model's context")
+    packed: bool = option(
+        False, "keep the codes of a quantised checkpoint as codes, decoded as they are used: little memory, slow on CPU"
+    )
     cache: CacheConfig = option(factory=CacheConfig, help="how keys and values are kept")
     form: FormConfig = option(factory=FormConfig, help="what answers look like")
 
@@ -149,10 +154,12 @@ class Sampler:
         batch_size: int = 8,
         cache: CacheConfig = CacheConfig(),  # noqa: B008
         consume: bool = False,
+        packed: bool = False,
     ):
         """`max_length=None` is the model's context; memory is taken for what calls need, unless `warm_up` takes all of it.
 
         `consume`: the weights are needed for nothing else, so that they need not be held twice; `model` cannot be used after.
+        `packed`: weights with a grid stay codes in memory, a few bits each, and are decoded as they are multiplied.
 
         Raises:
             UserError: max_length beyond the context, batch_size below 1, a tokenizer of another vocabulary, a cache layout that
@@ -171,11 +178,13 @@ class Sampler:
                 f"The tokenizer has {processor.vocab_size} pieces and the model {cfg.vocab_size}; "
                 "use the tokenizer the model was trained with."
             )
-        self.processor = processor
+        self.processor = processor if processor is None else _seeing(processor, cfg)
         self.batch_size = batch_size
         self.stop_ids = () if processor is None else processor.stop_ids
         self._cfg = cfg
-        self.engine = Engine(model, slots=batch_size, max_length=self.max_length, cache=cache, consume=consume)
+        self.engine = Engine(
+            model, slots=batch_size, max_length=self.max_length, cache=cache, consume=consume, packed=packed
+        )
 
     def update(self, model: Transformer) -> None:
         """Samples from `model` from now on: the same configuration, new weights, nothing compiled again."""
@@ -307,8 +316,10 @@ class Sampler:
         streamed: bool,
     ) -> Request:
         decode = self.processor.decode if self.processor is not None and (streamed or stops.texts) else None
-        request = Request(prompt.tokens, max_new_tokens, rule, seed, stream, stops.ids, stops.texts, decode, constraint)
-        request.check(self._cfg.vocab_size, self.max_length)
+        request = Request(
+            prompt.tokens, max_new_tokens, rule, seed, stream, stops.ids, stops.texts, decode, constraint, prompt.media
+        )
+        self.engine.check(request)
         return request
 
     def _constraint(self, form: OutputForm, prompt: Prompt, thinking: bool, stops: Stops) -> Constraint | None:
@@ -359,6 +370,14 @@ class Sampler:
             parsed.malformed,
             running.error,
         )
+
+
+def _seeing(processor: Processor, cfg: ModelConfig) -> Processor:
+    """A processor that knows no towers gets the model's."""
+    front_end = processor.front_end
+    if front_end.vision is not None or front_end.audio is not None or not cfg.is_multimodal:
+        return processor
+    return processor.with_front_end(FrontEnd(cfg.vision, cfg.audio, front_end.config))
 
 
 def _check(max_new_tokens: int, seed: int) -> None:

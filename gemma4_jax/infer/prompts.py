@@ -9,6 +9,7 @@ import numpy as np
 
 from gemma4_jax.data.source import FileRows, Row
 from gemma4_jax.errors import UserError
+from gemma4_jax.media.pieces import Piece
 from gemma4_jax.options import option
 from gemma4_jax.processor import Processor
 
@@ -18,10 +19,15 @@ Prompt = str | Sequence[Any] | np.ndarray | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """Token ids, and whether the answer is a chat turn to be parsed."""
+    """Token ids, whether the answer is a chat turn to be parsed, and pictures and sounds among the tokens."""
 
     tokens: list[int]
     chat: bool
+    media: tuple[Piece, ...] = ()
+
+
+MEDIA = {"images": "image", "audio": "audio", "video": "video"}
+"""Key of PromptConfig -> type of a message's part."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class PromptConfig:
     text: str | None = option(None, "one user message")
     file: str | None = option(None, "a text file, one user message per line")
     chat: str | None = option(None, 'a JSONL file of {"messages": [...], "tools": [...]}')
+    images: tuple[str, ...] = option((), "picture files, shown before each text")
+    audio: tuple[str, ...] = option((), "sound files, heard before each text")
+    video: tuple[str, ...] = option((), "video files, shown before each text")
     raw: bool = option(False, "continue the text as it is, after BOS, instead of answering it as a user message")
     system: str | None = option(None, "system message before the texts")
     tools: str | None = option(None, "a JSON file with a list of function tools for the texts")
@@ -42,7 +51,7 @@ class PromptConfig:
         given = [name for name in ("text", "file", "chat") if getattr(self, name) is not None]
         if len(given) != 1:
             raise UserError(f"prompts wants exactly one of text, file and chat, got {' and '.join(given) or 'none'}.")
-        framed = [name for name in ("system", "tools") if getattr(self, name) is not None]
+        framed = [name for name in ("system", "tools", *MEDIA) if getattr(self, name)]
         if framed and (self.raw or self.chat is not None):
             what = "prompts.raw continues bare text" if self.raw else "the rows of prompts.chat have their own"
             raise UserError(f"prompts.{framed[0]} has no place: {what}.")
@@ -63,7 +72,9 @@ def read_prompts(config: PromptConfig) -> list[Prompt]:
         return [text for text in texts if text is not None]
     system = [] if config.system is None else [{"role": "system", "content": config.system}]
     tools = None if config.tools is None else _tools(config.tools)
-    return [{"messages": [*system, {"role": "user", "content": text}], "tools": tools} for text in texts]
+    media = [{"type": kind, "path": path} for name, kind in MEDIA.items() for path in getattr(config, name)]
+    contents = [[*media, {"type": "text", "text": text}] if media else text for text in texts]
+    return [{"messages": [*system, {"role": "user", "content": content}], "tools": tools} for content in contents]
 
 
 def conversation(row: Row) -> dict[str, Any]:
@@ -112,7 +123,7 @@ def _encode_chat(messages: Any, tools: Any, processor: Processor | None, enable_
     example = _need(processor, "conversations").encode(
         messages, tools or None, enable_thinking=enable_thinking, add_generation_prompt=True
     )
-    return EncodedPrompt(example.tokens.tolist(), chat=True)
+    return EncodedPrompt(example.tokens.tolist(), chat=True, media=example.media or ())
 
 
 def _need(processor: Processor | None, what: str) -> Processor:

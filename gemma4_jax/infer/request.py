@@ -1,15 +1,19 @@
 """What is asked of the engine, and how an answer stands."""
 
 import dataclasses
+import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import jax
 import numpy as np
 
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.constraint import Constraint
 from gemma4_jax.infer.sampler import Rule
 from gemma4_jax.infer.text import TextStream
+from gemma4_jax.media.pieces import Piece, digest
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -27,6 +31,7 @@ class Request:
         stop_texts: texts that end it; they need `decode`.
         decode: ids to text.
         constraint: what may be written; a fresh one, which the engine advances.
+        media: pictures, frames and sounds, each where its soft tokens stand in the prompt.
     """
 
     tokens: Sequence[int]
@@ -38,6 +43,16 @@ class Request:
     stop_texts: tuple[str, ...] = ()
     decode: Callable[[Sequence[int]], str] | None = None
     constraint: Constraint | None = None
+    media: tuple[Piece, ...] = ()
+
+    @functools.cached_property
+    def keys(self) -> np.ndarray:
+        """int32: the prompt's tokens, and in place of soft tokens negative numbers that tell one picture from another."""
+        keys = np.array(self.tokens, np.int32)
+        for piece in self.media:
+            noise = hashlib.shake_128(digest(piece).encode()).digest(4 * piece.count)
+            keys[piece.start : piece.start + piece.count] = np.frombuffer(noise, np.int32) | np.int32(-(2**31))
+        return keys
 
     def check(self, vocab_size: int, max_length: int) -> None:
         """UserError if this can never be answered."""
@@ -56,6 +71,8 @@ class Request:
             wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
             if wrong is not None:
                 raise UserError(f"{what} ids run from 0 to {vocab_size - 1}, got {wrong}.")
+        if self.media and self.media[-1].start + self.media[-1].count >= len(self.tokens):
+            raise UserError("the prompt ends with a picture or a sound; text must follow it.")
         if self.stop_texts and self.decode is None:
             raise ValueError("Request.stop_texts needs Request.decode.")
 
@@ -72,6 +89,7 @@ class Running:
         slot: where it runs; None while it waits and after it ended.
         read: tokens of the prompt that are in the cache.
         reused: of these, tokens that an earlier request left there.
+        soft: soft tokens of media that are partly read, by their number.
     """
 
     request: Request
@@ -85,6 +103,7 @@ class Running:
     read: int = 0
     reused: int = 0
     cuts: list[int] = dataclasses.field(default_factory=list)
+    soft: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.request.decode is not None:
@@ -127,6 +146,7 @@ class Running:
     def end(self, reason: Reason) -> None:
         """No more tokens come."""
         self.reason = reason
+        self.soft.clear()
         if self.text is not None:
             self._give(self.text.close())
 

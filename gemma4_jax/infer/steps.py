@@ -23,6 +23,7 @@ from gemma4_jax.infer.sampler import Rules, choose
 from gemma4_jax.model.decode import Decoder, fill_block, last_through
 from gemma4_jax.model.kv import Cache, Chunk, begin_rows, extend_rows, producers
 from gemma4_jax.model.layouts import CacheFormat
+from gemma4_jax.model.multimodal import SoftTokens, merge, text_ids
 
 STEPS = 32
 """Most steps of one call of `decode_steps`."""
@@ -83,31 +84,49 @@ class Masks:
 
 
 def read_chunk(
-    decoder: Decoder, cache: Cache, chunk: Chunk, cache_format: CacheFormat
+    decoder: Decoder, cache: Cache, chunk: Chunk, cache_format: CacheFormat, soft: SoftTokens | None = None
 ) -> tuple[Cache, jax.Array, dict[LayerKind, jax.Array]]:
-    """The cache after a chunk, the residual stream [P, D] behind the own layers at each piece's last token, positions [P, S]."""
+    """The cache after a chunk, the residual stream [P, D] behind the own layers at each piece's last token, positions [P, S].
+
+    `soft`: soft tokens in the chunk, if it has some. The programs of text are others, and know nothing of them.
+    """
     cfg, period = decoder.cfg, decoder.cfg.layer_period
     start, before, after, positions = begin(
-        decoder.embed, decoder.per_layer, cache.positions, chunk, cfg, str(decoder.compute_dtype)
+        decoder.embed, decoder.per_layer, cache.positions, chunk, cfg, str(decoder.compute_dtype), soft
     )
     h, per_layer = start
+    ahead = None
+    if soft is not None and cfg.sees_ahead:  # to layers it matters only who sees whom
+        ahead = dataclasses.replace(soft, values=np.zeros((0, 0), np.float32))
     layers = []
     for block in range(len(cache.layers) // period):
         at = slice(block * period, (block + 1) * period)
         h, written = fill(
-            tuple(decoder.layers[at]), cache.layers[at], h, per_layer, np.int32(block), before, chunk, cfg, cache_format
+            tuple(decoder.layers[at]),
+            cache.layers[at],
+            h,
+            per_layer,
+            np.int32(block),
+            before,
+            chunk,
+            cfg,
+            cache_format,
+            ahead,
         )
         layers += written
     return Cache(tuple(layers), positions), last_token(h, chunk.count), after
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5), donate_argnums=2)
-def begin(embed, per_layer, positions: dict[LayerKind, jax.Array], chunk: Chunk, cfg: ModelConfig, dtype: str):
+def begin(
+    embed, per_layer, positions: dict[LayerKind, jax.Array], chunk: Chunk, cfg: ModelConfig, dtype: str, soft=None
+):
     """(residual stream, per-layer inputs [L, P, T, p] of the own layers), positions of the rows before and after, of all rows."""
-    h = embed.lookup(chunk.tokens, dtype)
-    inputs = (
-        None if per_layer is None else per_layer(chunk.tokens, h)[: cfg.num_hidden_layers - cfg.num_kv_shared_layers]
-    )
+    tokens = chunk.tokens if soft is None else text_ids(chunk.tokens, soft, cfg.pad_token_id)
+    h = embed.lookup(tokens, dtype)
+    h = h if soft is None else merge(h, soft)
+    own = cfg.num_hidden_layers - cfg.num_kv_shared_layers
+    inputs = None if per_layer is None else per_layer(tokens, h)[:own]
     before = begin_rows(positions, chunk)
     after = extend_rows(before, chunk)
     written = {kind: positions[kind].at[chunk.rows].set(after[kind], mode="drop") for kind in KINDS}
@@ -115,11 +134,13 @@ def begin(embed, per_layer, positions: dict[LayerKind, jax.Array], chunk: Chunk,
 
 
 @functools.partial(jax.jit, static_argnums=(7, 8), donate_argnums=(1, 2))
-def fill(layers, stored, h, per_layer, block, before, chunk: Chunk, cfg: ModelConfig, cache_format: CacheFormat):
+def fill(
+    layers, stored, h, per_layer, block, before, chunk: Chunk, cfg: ModelConfig, cache_format: CacheFormat, soft=None
+):
     """One block of layers; `block` says which of the per-layer inputs are its own."""
     if per_layer is not None:
         per_layer = jax.lax.dynamic_slice_in_dim(per_layer, block * len(layers), len(layers), 0)
-    return fill_block(layers, stored, h, per_layer, before, chunk, cfg, cache_format)
+    return fill_block(layers, stored, h, per_layer, before, chunk, cfg, cache_format, soft)
 
 
 @jax.jit

@@ -11,7 +11,14 @@ from gemma4_jax.errors import UserError
 LARGEST_FILE = 1 << 30
 """Bytes of a file that is opened at all."""
 
-EXTRAS = {"PIL.Image": "Pillow", "PIL.ImageOps": "Pillow", "av": "PyAV", "soundfile": "soundfile", "soxr": "soxr"}
+EXTRAS = {
+    "PIL.Image": "Pillow",
+    "PIL.ImageOps": "Pillow",
+    "PIL.ImageDraw": "Pillow",
+    "av": "PyAV",
+    "soundfile": "soundfile",
+    "soxr": "soxr",
+}
 
 
 class MediaError(ChatError):
