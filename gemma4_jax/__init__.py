@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # the same table again, for editors and type checkers
     from gemma4_jax.infer.agent import run_agent
     from gemma4_jax.infer.generate import Completion, Sampler
     from gemma4_jax.infer.tools import tool_of
+    from gemma4_jax.media.boxes import draw_places, parse_places
+    from gemma4_jax.media.frontend import MediaConfig
     from gemma4_jax.model.transformer import init
     from gemma4_jax.processor import Processor
 
@@ -29,17 +31,23 @@ _HOME = {
     "Completion": "infer.generate",
     "run_agent": "infer.agent",
     "tool_of": "infer.tools",
+    "MediaConfig": "media.frontend",
+    "parse_places": "media.boxes",
+    "draw_places": "media.boxes",
     "UserError": "errors",
 }
 __all__ = [
     "Completion",
+    "MediaConfig",
     "ModelConfig",
     "Processor",
     "Sampler",
     "UserError",
+    "draw_places",
     "export",
     "init",
     "load",
+    "parse_places",
     "run_agent",
     "save_hf",
     "tool_of",
