@@ -55,11 +55,7 @@ def write_gguf(
       requantise: see `export.write`.
       manifest: what to write beside the file.
     """
-    if source.cfg.is_multimodal:
-        text = source.text_names()
-        source = dataclasses.replace(
-            source, cfg=source.cfg.text_only(), tensors={tensor: source.tensors[tensor] for tensor in text}
-        )
+    source = source.text_only()
     storages = {tensor: _storage(source, tensor, dtype) for tensor in source.tensors}
     frequencies = gguf_names.rope_freqs(source.cfg)
     forms = {gguf_names.ROPE_FREQS: (F32, frequencies.shape)}

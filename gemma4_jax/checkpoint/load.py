@@ -146,7 +146,8 @@ def source(
         return directory_source(text, text_only)
     from gemma4_jax.checkpoint import store
 
-    return store.model_source(text, step)
+    found = store.model_source(text, step)
+    return found.text_only() if text_only else found
 
 
 def is_peft(path: str) -> bool:
