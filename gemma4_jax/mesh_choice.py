@@ -23,9 +23,11 @@ def training_mesh(
     return mesh if mesh.size > 1 else None
 
 
-def decoding_mesh(cfg: ModelConfig, config: MeshConfig, devices: Sequence[Any]) -> jax.sharding.Mesh | None:
-    """The mesh for decoding; None on one device."""
-    mesh = make_mesh(decoding_axes(cfg, config, len(devices)), devices, config.slices)
+def decoding_mesh(
+    cfg: ModelConfig, config: MeshConfig, devices: Sequence[Any], tokens: int = 0
+) -> jax.sharding.Mesh | None:
+    """The mesh for decoding with caches of so many tokens, of all rows together (0: short ones); None on one device."""
+    mesh = make_mesh(decoding_axes(cfg, config, len(devices), tokens), devices, config.slices)
     return mesh if mesh.size > 1 else None
 
 
@@ -52,18 +54,19 @@ def training_axes(cfg: ModelConfig, config: MeshConfig, devices: int, rows: int,
     return _checked(cfg, sizes, devices)
 
 
-def decoding_axes(cfg: ModelConfig, config: MeshConfig, devices: int) -> dict[str, int]:
+def decoding_axes(cfg: ModelConfig, config: MeshConfig, devices: int, tokens: int = 0) -> dict[str, int]:
     """Axis -> size for decoding: nothing is gathered per token, so weights are cut where they are used.
 
-    What the config leaves open: `tensor` as many devices as the heads allow, then `expert`; `context` (slots of the
-    cache) the rest.
+    What the config leaves open: `tensor` as many devices as the heads allow, fewer where caches of `tokens` tokens outweigh
+    the weights; then `expert`; `context` (slots of the cache) the rest.
     """
     sizes = config.sizes()
     sizes["data"] = sizes["data"] or config.slices
     sizes["fsdp"] = sizes["fsdp"] or 1
     open_ = _open_devices(sizes, devices)
     if sizes["tensor"] is None:
-        sizes["tensor"] = max(t for t in _divisors(open_) if _heads_divide(cfg, t))
+        fitting = [t for t in reversed(_divisors(open_)) if _heads_divide(cfg, t)]
+        sizes["tensor"] = min(fitting, key=lambda t: _read_by_a_step(cfg, t, open_ // t, tokens))
         open_ //= sizes["tensor"]
     if sizes["expert"] is None:
         sizes["expert"] = math.gcd(open_, cfg.num_experts or 1)
@@ -131,6 +134,20 @@ def _experts(cfg: ModelConfig, devices: int, tokens: int) -> int:
     weights = 3 * cfg.num_experts * cfg.hidden_size * cfg.moe_intermediate_size
     choices = [e for e in _divisors(devices) if cfg.num_experts % e == 0]
     return min(choices, key=lambda e: 3 * weights / e + 5 * (e - 1) * tokens * cfg.hidden_size)
+
+
+def _read_by_a_step(cfg: ModelConfig, tensor: int, rest: int, tokens: int) -> float:
+    """Numbers of weights and of full layers' caches that a device reads to decode a token, roughly.
+
+    Devices beyond the key/value heads hold whole copies of them, unless they cut the slots.
+    """
+    heads = 2 * cfg.num_attention_heads * cfg.head_dim + 3 * cfg.intermediate_size
+    wide = 3 * cfg.num_experts * cfg.moe_intermediate_size if cfg.num_experts else 0
+    weights = cfg.num_hidden_layers * cfg.hidden_size * (heads / tensor + wide / (tensor * rest))
+    kv_heads = cfg.kv_heads("full")
+    owners = sum(stack.blocks for stack in cfg.stacks if stack.owns_kv)  # a full layer each
+    cache = 2 * tokens * owners * kv_heads * cfg.head_size("full") / min(tensor, kv_heads)
+    return weights + cache / (1 if cfg.num_experts else rest)
 
 
 def _divisors(n: int) -> list[int]:

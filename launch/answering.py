@@ -37,7 +37,7 @@ def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
     if run.prompts.chat is not None:  # a file of others must not name whatever it likes
         processor = processor.below(Path(run.prompts.chat).parent)
     check_agreement(cfg, processor)
-    mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh))
+    mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh), run.sample.batch_size * (run.sample.max_length or 0))
     with on(mesh):
         # The weights are unrolled for this and needed for nothing else.
         sampler = Sampler(
@@ -63,7 +63,7 @@ def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
     cfg = model_config(run.model)
     processor = make_processor(run.tokenizer, run.model, cfg, run.media)
     check_agreement(cfg, processor, run.data)
-    mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh))
+    mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh), run.sample.batch_size * (run.sample.max_length or 0))
     check_batch(mesh, run.data.batch_size, run.data.seq_len)
     with on(mesh):
         results = _measured(run, processor, make_model(run.model, run.seed, mesh), rows, write, mesh)

@@ -56,7 +56,7 @@ def _job(run: PlanRun, cfg: ModelConfig, where: Topology) -> Job:
     """What is to be planned, with the mesh of the settings or the one that suits the step."""
     plan, devices = run.plan, run.mesh.devices or where.devices * run.mesh.slices
     if plan.step == "decode":
-        axes = decoding_axes(cfg, run.mesh, devices)
+        axes = decoding_axes(cfg, run.mesh, devices, plan.batch_size * plan.seq_len)
     else:
         axes = training_axes(cfg, run.mesh, devices, plan.batch_size // plan.grad_accum, plan.seq_len)
     return Job(

@@ -134,3 +134,11 @@ def test_random_weights_do_not_depend_on_the_mesh():
     for name, variable in variables(shared).items():
         assert len(variable.get_value().sharding.device_set) == 8
         np.testing.assert_array_equal(variable.get_value(), variables(alone)[name].get_value(), err_msg=name)
+
+
+def test_long_caches_are_cut_where_heads_are_few():
+    """31B has 4 key/value heads on full layers: on 8 devices a long cache is cut over its slots too, a short one is not."""
+    cfg = ModelConfig.variant("31b")
+    long, short = (decoding_axes(cfg, MeshConfig(), 8, tokens) for tokens in (262_144, 8_192))
+    assert (long["tensor"], long["context"]) == (4, 2)
+    assert (short["tensor"], short["context"]) == (8, 1)

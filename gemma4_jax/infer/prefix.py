@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma4_jax.config import KINDS, LayerKind, ModelConfig
-from gemma4_jax.kernels.cached import Codes, as_bits, from_bits
+from gemma4_jax.kernels.cached import Codes
+from gemma4_jax.kernels.slices import moved
 from gemma4_jax.model.kv import Cache, owner_kinds
 
 SHORTEST = 32
@@ -25,6 +26,8 @@ RECENT = 32
 """Prompts that a new one is compared with."""
 
 Stored = dict[str, Codes]
+Keys = Sequence[int] | np.ndarray
+"""Tokens, where they say it all; else `Request.keys`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class PrefixStore:
         self._recent.clear()
         self._bytes = 0
 
-    def longest(self, tokens: Sequence[int]) -> Snapshot | None:
+    def longest(self, tokens: Keys) -> Snapshot | None:
         """The longest beginning of these tokens that is kept; never all of them, for the last one has to be read."""
         prompt = np.asarray(tokens, np.int32)
         fitting = [
@@ -75,7 +78,7 @@ class PrefixStore:
         self._kept.move_to_end(key)
         return best
 
-    def cut(self, tokens: Sequence[int], known: int) -> list[int]:
+    def cut(self, tokens: Keys, known: int) -> list[int]:
         """Where to take snapshots while these tokens are read: where they part from recent ones, beyond the `known` first."""
         prompt = np.asarray(tokens, np.int32)
         places = {_common(prompt, other) for other in self._recent}
@@ -83,11 +86,11 @@ class PrefixStore:
         self.saw(prompt)
         return sorted(place for place in places if place >= max(SHORTEST, known + 1))[-1:]
 
-    def saw(self, tokens: Sequence[int] | np.ndarray) -> None:
+    def saw(self, tokens: Keys) -> None:
         """Later prompts may begin like these."""
         self._recent.append(np.asarray(tokens, np.int32))
 
-    def keep(self, cache: Cache, slot: int, tokens: Sequence[int]) -> bool:
+    def keep(self, cache: Cache, slot: int, tokens: Keys) -> bool:
         """Takes the cache of a slot whose newest token is the last of `tokens`; False if it would take over half the budget."""
         prefix = np.asarray(tokens, np.int32)
         key = prefix.tobytes()
@@ -116,9 +119,11 @@ def take(cache: Cache, slot: np.ndarray, cfg: ModelConfig, size: int) -> tuple[t
     """What a slot stores: all of sliding layers' rings, the first `size` slots of full layers; positions in the ring."""
 
     def one(x: jax.Array, kind: str) -> jax.Array:
-        bits = jax.lax.dynamic_index_in_dim(as_bits(x), slot, 0, keepdims=False)
-        bits = bits if kind == "sliding" else jax.lax.slice_in_dim(bits, 0, size, axis=1)
-        return from_bits(bits, x.dtype)
+        def of_slot(x: jax.Array) -> jax.Array:
+            part = jax.lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
+            return part if kind == "sliding" else jax.lax.slice_in_dim(part, 0, size, axis=1)
+
+        return moved(of_slot, x)
 
     kinds = owner_kinds(cfg)
     layers = (jax.tree.map(lambda x, k=kind: one(x, k), parts) for kind, parts in zip(kinds, cache.layers, strict=True))
@@ -133,8 +138,7 @@ def put(
 
     def one(whole: jax.Array, part: jax.Array) -> jax.Array:
         begin = (slot, *(np.int32(0),) * part.ndim)
-        bits = jax.lax.dynamic_update_slice(as_bits(whole), as_bits(part)[None], begin)
-        return from_bits(bits, whole.dtype)
+        return moved(lambda whole, part: jax.lax.dynamic_update_slice(whole, part[None], begin), whole, part)
 
     written = jax.tree.map(one, cache.layers, layers)
     full = cache.positions["full"]

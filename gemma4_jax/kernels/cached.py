@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma4_jax.kernels.blockwise import FLOOR, HIDDEN
+from gemma4_jax.kernels.slices import moved
 
 BLOCK, STEP_BLOCK = 512, 128
 """Slots looked at together, by many queries and by few. A token's slot is its position modulo the number of slots, so slots
@@ -178,25 +179,14 @@ def _time(x_BT: jax.Array, at: int | jax.Array, size: int) -> jax.Array:
 def _slots(x_BKS: jax.Array, start: int | jax.Array, size: int, rows: jax.Array | None) -> jax.Array:
     if rows is None and x_BKS.shape[2] == size:
         return x_BKS
-    bits, dtype = as_bits(x_BKS), x_BKS.dtype
     if rows is None:
-        return from_bits(jax.lax.dynamic_slice_in_dim(bits, start, size, 2), dtype)
-    rest = (0,) * (bits.ndim - 3)
+        return moved(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 2), x_BKS)
+    rest = (0,) * (x_BKS.ndim - 3)
 
-    def one(row: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(bits, (row, 0, start, *rest), (1, bits.shape[1], size, *bits.shape[3:]))[0]
+    def of_rows(x: jax.Array) -> jax.Array:
+        def one(row: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(x, (row, 0, start, *rest), (1, x.shape[1], size, *x.shape[3:]))[0]
 
-    return from_bits(one(rows[0])[None] if rows.shape[0] == 1 else jax.vmap(one)(rows), dtype)
+        return one(rows[0])[None] if rows.shape[0] == 1 else jax.vmap(one)(rows)
 
-
-def as_bits(x: jax.Array) -> jax.Array:
-    """Small floats as integers of their size: XLA's CPU backend has no slices of them (see `slices.py`)."""
-    size = x.dtype.itemsize
-    if size > 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return jax.lax.bitcast_convert_type(x, jnp.uint16 if size == 2 else jnp.uint8)
-
-
-def from_bits(bits: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The array of `dtype` that `as_bits` took apart."""
-    return bits if bits.dtype == dtype else jax.lax.bitcast_convert_type(bits, dtype)
+    return moved(of_rows, x_BKS)

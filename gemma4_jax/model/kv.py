@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from gemma4_jax.config import KINDS, LayerKind, ModelConfig
-from gemma4_jax.kernels.cached import Codes, as_bits, from_bits
+from gemma4_jax.kernels.cached import Codes
+from gemma4_jax.kernels.slices import moved
 from gemma4_jax.model.layouts import CacheFormat, blank, widths
 from gemma4_jax.sharding import activation_spec, axes_in, current_mesh
 
@@ -134,23 +135,23 @@ def write(
 def _put(old: jax.Array, rows: jax.Array | None, slot_BT: jax.Array, new: jax.Array, dims: tuple) -> jax.Array:
     """old [B, (K,) S, ...] with new [B or P, T, (K,) ...] in the slots; one write per token, of all its heads."""
     mesh = current_mesh()
-    bits, new_bits = as_bits(old), as_bits(new.astype(old.dtype))
+    new = new.astype(old.dtype)
     if mesh is None:
-        return from_bits(_put_here(bits, rows, slot_BT, new_bits), old.dtype)
+        return moved(lambda old, new: _put_here(old, rows, slot_BT, new), old, new)
     spec = activation_spec(mesh, dims, old.shape)
     slots_at = dims.index("slots")
     batch = spec[0] if rows is None else None
     of_new = PartitionSpec(batch, None, *(spec[1:slots_at]), *spec[slots_at + 1 :])
 
-    def island(bits, slot, new, *rows):
-        slot = _local(slot, bits.shape[slots_at], axes_in(spec[slots_at]))
-        row = _local(rows[0], bits.shape[0], axes_in(spec[0])) if rows else None
-        return _put_here(bits, row, slot, new)
+    def island(old, slot, new, *rows):
+        slot = _local(slot, old.shape[slots_at], axes_in(spec[slots_at]))
+        row = _local(rows[0], old.shape[0], axes_in(spec[0])) if rows else None
+        return moved(lambda old, new: _put_here(old, row, slot, new), old, new)
 
-    operands = (bits, slot_BT, new_bits) if rows is None else (bits, slot_BT, new_bits, rows)
+    operands = (old, slot_BT, new) if rows is None else (old, slot_BT, new, rows)
     specs = (spec, PartitionSpec(batch, None), of_new, PartitionSpec(None))[: len(operands)]
     mapped = jax.shard_map(island, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return from_bits(mapped(*operands), old.dtype)
+    return mapped(*operands)
 
 
 def _local(index: jax.Array, size: int, axes: tuple[str, ...]) -> jax.Array:
@@ -204,25 +205,28 @@ def write_rows(parts: dict[str, Codes], chunk: Chunk, new: dict[str, Codes], *, 
     def put(old: Any, new: Any) -> Any:
         if old is None or new is None:
             return None
-        size, dtype = old.shape[2], old.dtype
-        bits, new_bits = as_bits(old), jnp.moveaxis(as_bits(new.astype(dtype)), 1, 2)
+        size = old.shape[2]
         touched = min(length, size) if ordered else size
         trail = (1,) * (old.ndim - 3)
 
-        def one(p, bits):
+        def one(p, whole, new):
             row = jnp.minimum(chunk.rows[p], old.shape[0] - 1)
             start = jnp.minimum(chunk.first[p], size - touched) if ordered else jnp.zeros_like(row)
             count = jnp.where(chunk.rows[p] < old.shape[0], chunk.count[p], 0)
             token, mine = _token_of(start + jnp.arange(touched, dtype=jnp.int32), chunk.first[p], count, size)
             begin = (row, jnp.zeros_like(row), start, *(jnp.zeros_like(row),) * len(trail))
-            before = jax.lax.dynamic_slice(bits, begin, (1, bits.shape[1], touched, *bits.shape[3:]))
-            fresh = jnp.take(new_bits[p], jnp.clip(token, 0, length - 1), axis=1)[None]
+            before = jax.lax.dynamic_slice(whole, begin, (1, whole.shape[1], touched, *whole.shape[3:]))
+            fresh = jnp.take(new[p], jnp.clip(token, 0, length - 1), axis=1)[None]
             after = jnp.where(mine.reshape(1, 1, touched, *trail), fresh, before)
-            return jax.lax.dynamic_update_slice(bits, after, begin)
+            return jax.lax.dynamic_update_slice(whole, after, begin)
 
-        count = chunk.rows.shape[0]
-        written = one(0, bits) if count == 1 else jax.lax.fori_loop(0, count, one, bits)
-        return from_bits(written, dtype)
+        def every(whole, new):
+            count = chunk.rows.shape[0]
+            if count == 1:
+                return one(0, whole, new)
+            return jax.lax.fori_loop(0, count, lambda p, whole: one(p, whole, new), whole)
+
+        return moved(every, old, jnp.moveaxis(new.astype(old.dtype), 1, 2))
 
     return {name: Codes(*map(put, parts[name], new[name])) for name in parts}
 
@@ -274,12 +278,14 @@ def halo(
     def take(x: Any) -> Any:
         if x is None:
             return None
-        bits = as_bits(x)
 
-        def one(row, slot):
-            return jnp.take(jax.lax.dynamic_index_in_dim(bits, row, 0, keepdims=False), slot, axis=1)
+        def of_rows(x):
+            def one(row, slot):
+                return jnp.take(jax.lax.dynamic_index_in_dim(x, row, 0, keepdims=False), slot, axis=1)
 
-        return from_bits(jnp.moveaxis(jax.vmap(one)(rows, slot), 2, 1), x.dtype)
+            return jax.vmap(one)(rows, slot)
+
+        return jnp.moveaxis(moved(of_rows, x), 2, 1)
 
     return {name: Codes(*map(take, codes)) for name, codes in parts.items()}, jnp.where(found, wanted, -1)
 
