@@ -21,6 +21,7 @@ from gemma4_jax.quant import policy
 from gemma4_jax.quant.policy import QuantConfig
 from gemma4_jax.sharding import activation_spec, parameter_shardings, use_spec
 from gemma4_jax.train.optimizer import OptimConfig, optimizer
+from gemma4_jax.train.parts import left_out
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
 
@@ -62,7 +63,7 @@ def lowered_training(
         teacher = in_compute_dtype(model, compute_dtype) if quant.distill_weight else None
         model = policy.apply(model, quant)
     transform = optimizer(optim, steps=1000)
-    state = TrainState.abstract(model, transform, optim.freeze)
+    state = TrainState.abstract(model, transform, (*left_out(model, optim.train), *optim.freeze))
     batch = {name: struct(mesh, dtype, ("batch", "length"), (rows, length)) for name, dtype in BATCH.items()}
     step = make_train_step(
         model,
