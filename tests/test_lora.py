@@ -229,6 +229,18 @@ def test_codes_are_the_values_of_their_grid_in_a_quarter_of_the_bytes():
     close(logits(packed, tokens), logits(lora.merged(packed), tokens))
 
 
+def test_packing_an_adapted_weight_puts_its_adapter_into_the_codes():
+    """What sampling with `sample.packed` does to a model that was adapted under QAT."""
+    model = policy.apply(
+        adapted(base_model("tiny_e2b"), LoraConfig(("all",), rank=4)), policy.QuantConfig(policy="w4a16")
+    )
+    packed = packing.packed(model, policy.grid_names(model))
+    assert not lora.has_adapters(packed)
+    merged = arrays(policy.snap(lora.merged(model)))
+    for name, value in arrays(lora.merged(packed, jnp.float32)).items():
+        assert np.mean(np.asarray(value) != np.asarray(merged[name])) < 1e-3, name
+
+
 def test_under_qat_the_sum_is_on_the_grid_and_merging_keeps_it_there():
     config = policy.QuantConfig(policy="q4_0")
     model = policy.apply(adapted(base_model(), EVERYTHING), config)
@@ -253,9 +265,13 @@ def test_training_moves_adapters_alone_and_keeps_state_for_them_alone():
     assert not state.frozen
     assert {name.split(".", 1)[0] for name in state.flat()} == {"step", "params", "opt"}
     assert all(lora.MARK in name for name in state.flat() if name.endswith((".a", ".b")))
-    step = make_train_step(model, optim)
-    state, metrics = step(state, {k: jnp.asarray(v) for k, v in batch_of(4).items()}, None)
+    batch = {k: jnp.asarray(v) for k, v in batch_of(4).items()}
+    _, wanted = gradients(model, batch)
+    step = make_train_step(model, optim, grad_accum=2)
+    state, metrics = step(state, batch, None)
     assert float(metrics["skipped"]) == 0
+    norm = np.sqrt(sum(float(np.sum(x.astype(np.float64) ** 2)) for x in wanted.values())) / float(metrics["tokens"])
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
     for name, value in arrays(state.model(model)).items():
         assert (np.array(value) != before[name]).any() == (lora.MARK in name), name
 

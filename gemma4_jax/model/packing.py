@@ -35,7 +35,8 @@ def grids_for(model: nnx.Module, policy: PolicyName) -> dict[str, str]:
 def packed(model: M, grids: Mapping[str, str], *, consume: bool = False) -> M:
     """The model with the weights at these paths as codes; they have no grid any more, tables keep theirs. Arrays may be abstract.
 
-    A weight that lies on that grid already, with learned scales or not, keeps its codes. With `consume` a weight's array is
+    A weight that lies on that grid already, with learned scales or not, keeps its codes; an adapter it has is in them, and gone.
+    With `consume` a weight's array is
     deleted once its codes exist, so that not all exist twice.
 
     Raises:
@@ -59,7 +60,7 @@ def packed(model: M, grids: Mapping[str, str], *, consume: bool = False) -> M:
         end = len(names) - module.n_out
         new.w = Buffer(codes, dims=names, exact=True)  # pyright: ignore[reportAttributeAccessIssue]  # not trained
         new.packed_scale = Buffer(scale, dims=(*names[: end - module.n_in], "scale_blocks", *names[end:]), exact=True)
-        new.packed, new.grid, new.grid_scale = form, None, None
+        new.packed, new.grid, new.grid_scale, new.adapter = form, None, None, None
         if consume and not abstract:
             jax.block_until_ready((codes, scale))
             w.delete()
