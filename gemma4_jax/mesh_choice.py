@@ -139,14 +139,14 @@ def _experts(cfg: ModelConfig, devices: int, tokens: int) -> int:
 def _read_by_a_step(cfg: ModelConfig, tensor: int, rest: int, tokens: int) -> float:
     """Numbers of weights and of full layers' caches that a device reads to decode a token, roughly.
 
-    Devices beyond the key/value heads hold whole copies of them, unless they cut the slots.
+    Where `tensor` does not divide the key/value heads, each of its devices holds all of them.
     """
     heads = 2 * cfg.num_attention_heads * cfg.head_dim + 3 * cfg.intermediate_size
     wide = 3 * cfg.num_experts * cfg.moe_intermediate_size if cfg.num_experts else 0
     weights = cfg.num_hidden_layers * cfg.hidden_size * (heads / tensor + wide / (tensor * rest))
     kv_heads = cfg.kv_heads("full")
     owners = sum(stack.blocks for stack in cfg.stacks if stack.owns_kv)  # a full layer each
-    cache = 2 * tokens * owners * kv_heads * cfg.head_size("full") / min(tensor, kv_heads)
+    cache = 2 * tokens * owners * kv_heads * cfg.head_size("full") / (1 if kv_heads % tensor else tensor)
     return weights + cache / (1 if cfg.num_experts else rest)
 
 

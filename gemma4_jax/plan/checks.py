@@ -94,7 +94,8 @@ def gathered(module: Module, rows: int) -> list[Instruction]:
     return [
         made
         for _, made in collectives(module)
-        if made.opcode.startswith("all-gather") and any(rows in shape.dims and shape.size > rows for shape in made.leaves)
+        if made.opcode.startswith("all-gather")
+        and any(rows in shape.dims and shape.size > rows for shape in made.leaves)
     ]
 
 

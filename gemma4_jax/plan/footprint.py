@@ -27,7 +27,7 @@ class Constants:
     hidden_copies: float = 3.0  # [M, D] around the loss: hidden states, sorted, their gradient
     logits: float = 3.0  # float32 chunks
     exchange: float = 6.0  # parts of the vocabulary's exchange, backwards
-    forward: float = 0.5  # share of a layer's backward work that a forward pass needs
+    forward: float = 0.33  # share of a layer's backward work that a forward pass needs
     cache_copies: float = 1.0  # of a cache that a prefill fills, beside itself
 
 
