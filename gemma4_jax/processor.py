@@ -15,6 +15,7 @@ import numpy as np
 
 from gemma4_jax import chat, chat_media, chat_parse, config_media
 from gemma4_jax.chat_check import ChatError, check_trainable
+from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.media.frontend import FrontEnd, MediaConfig
 from gemma4_jax.media.pieces import Piece
@@ -69,8 +70,8 @@ class Processor:
     ) -> "Processor":
         """From a checkpoint directory or a tokenizer file.
 
-        `empty_thought=None` asks the directory: its chat_template.jinja, else its config.json, else as 31B has it. What the model
-        sees and hears stands in the directory's config.json; a tokenizer alone encodes text only.
+        `empty_thought=None` asks the directory: its chat_template.jinja, else its config.json or the checkpoints of our run,
+        else as 31B has it. The latter two say what the model sees and hears as well; a tokenizer alone encodes text only.
         """
         tokenizer = Tokenizer.load(path)
         if empty_thought is None:
@@ -218,22 +219,41 @@ def _towers_of(path: Path) -> dict[str, Any]:
     """The fields `vision` and `audio` of FrontEnd that stand in a checkpoint directory's config.json."""
     config = (path if path.is_dir() else path.parent) / "config.json"
     if not config.is_file():
-        return {}
+        cfg = _trained_here(config.parent)
+        return {} if cfg is None else {"vision": cfg.vision, "audio": cfg.audio}
     content = _json(config)
     return config_media.from_hf(content) if content.get("model_type") == "gemma4" else {}
 
 
 def _empty_thought_of(path: Path) -> bool:
-    """What a checkpoint directory says about the empty thought channel; True where it says nothing, as in 31B's template."""
+    """What a checkpoint directory says about the empty thought channel; True where it says nothing, as in 31B's template.
+
+    Of the published models only E2B and E4B have per-layer inputs, and no empty thought.
+    """
     directory = path if path.is_dir() else path.parent
     template = directory / "chat_template.jinja"
     if template.is_file():
         return chat.EMPTY_THOUGHT.replace("\n", "\\n") in template.read_text(encoding="utf-8")
     config = directory / "config.json"
     if not config.is_file():
-        return True
+        cfg = _trained_here(directory)
+        return cfg is None or not cfg.hidden_size_per_layer_input
     content = _json(config)
-    return not content.get("text_config", content).get("hidden_size_per_layer_input")  # only E2B and E4B have these
+    return not content.get("text_config", content).get("hidden_size_per_layer_input")
+
+
+def _trained_here(directory: Path) -> ModelConfig | None:
+    """The model of a run's working directory, or of one of our model directories; None for any other place."""
+    if not any((directory / name).is_dir() for name in ("checkpoints", "meta")) and not any(
+        directory.glob("[0-9]*/meta")
+    ):
+        return None
+    from gemma4_jax.checkpoint.load import load_config  # with Orbax, seconds: a tokenizer alone does not wait for it
+
+    try:
+        return load_config(directory)
+    except UserError:  # no step is committed yet, or none can be read: `load` says so, a tokenizer need not
+        return None
 
 
 def _json(config: Path) -> dict[str, Any]:

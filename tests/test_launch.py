@@ -12,6 +12,7 @@ from gemma4_jax import assets
 from gemma4_jax.checkpoint.load import load
 from gemma4_jax.checkpoint.store import Store
 from gemma4_jax.model.parameters import arrays
+from gemma4_jax.processor import Processor
 from gemma4_jax.quant.policy import apply_names, grid_names, snap
 from launch.run import main
 
@@ -61,6 +62,7 @@ def test_training_leaves_metrics_a_config_a_tokenizer_and_checkpoints(trained: P
     assert len(losses(trained, "eval/loss")) == 2
     assert json.loads((trained / "config_sft.json").read_text())["train"]["steps"] == 6
     assert (trained / "tokenizer.model").read_bytes() == assets.TOKENIZER.read_bytes()
+    assert not Processor.load(trained).empty_thought  # it speaks as it was trained: E2B has no empty thought
     with Store(trained / "checkpoints") as store:
         assert store.steps() == [3, 6]
 
