@@ -21,7 +21,10 @@ class Constants:
     residual: float = 8.0  # [M, D] in the backward pass of a layer: norms in and out, cotangents, float32 partly
     queries: float = 7.0  # [M, N H]: q, output, heads-first copies, their cotangents
     keys: float = 7.0  # [S, K H], k and v each a half
-    ffw: float = 4.0  # [M, F]: gate, up, their cotangents
+    ffw: float = 4.5  # [M, F]: gate, up, their cotangents
+    deferred: float = (
+        3.5  # [M, F] of a full layer that shares keys and values: its weights' gradients come after the next layers'
+    )
     expert_rows: float = 3.0  # [R, D], R rows sorted by expert
     expert_ffw: float = 5.0  # [R, F]
     hidden_copies: float = 3.0  # [M, D] around the loss: hidden states, sorted, their gradient
@@ -140,7 +143,7 @@ def _work(job: Job, c: Constants, stack: Stack, kind: LayerKind) -> float:
     """Activations of one layer while it is differentiated."""
     dense = c.residual * job.tokens * job.cfg.hidden_size * job.compute_bytes
     attention = c.queries * _queries(job, kind) + c.keys * _seen_keys(job, kind) / 2
-    ffw = c.ffw * job.tokens * job.ffw(stack) * job.compute_bytes
+    ffw = (c.ffw + c.deferred * (job.trains and not stack.owns_kv)) * job.tokens * job.ffw(stack) * job.compute_bytes
     return dense + max(attention, ffw) + _experts(job, c)
 
 
