@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from media_golden import golden, pieces_of, recipes
@@ -16,6 +17,7 @@ from test_engine import compilations, run
 from gemma4_jax import assets
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
+from gemma4_jax.infer import senses
 from gemma4_jax.infer.cache import CacheConfig
 from gemma4_jax.infer.engine import Engine
 from gemma4_jax.infer.generate import Sampler
@@ -25,7 +27,8 @@ from gemma4_jax.infer.sampler import Rule
 from gemma4_jax.infer.senses import Senses
 from gemma4_jax.media.frontend import FrontEnd, MediaConfig
 from gemma4_jax.media.pieces import ImagePiece
-from gemma4_jax.model.transformer import init
+from gemma4_jax.model.parameters import map_arrays
+from gemma4_jax.model.transformer import Transformer, abstract
 from gemma4_jax.processor import Processor
 
 CASES = [(fixture, case) for fixture, cases in recipes.USED.items() for case in cases]
@@ -44,7 +47,7 @@ def _compile_fast() -> Iterator[None]:
 def machine_of(fixture: str) -> Engine:
     """Chunks shorter than a picture, so that one is met half way; prompts side by side, or beginnings that are kept."""
     slots, cache = (2, CacheConfig()) if fixture == "media_e2b" else (1, CacheConfig(prefix_mb=10))
-    machine = Engine(golden(fixture).model, slots=slots, max_length=400, chunk=32, cache=cache)
+    machine = Engine(golden(fixture).model, slots=slots, max_length=400, chunk=16, cache=cache)
     machine.reserve(400)
     return machine
 
@@ -59,7 +62,7 @@ def requests_of(fixture: str, case: str) -> list[Request]:
 
 @pytest.mark.parametrize(("fixture", "case"), CASES)
 def test_greedy_tokens_are_transformers(fixture, case):
-    """Prompts in chunks of 32, which no picture of 31b may be split by; with what is kept of prompts before."""
+    """Prompts in chunks of 16, which no picture of 31b may be split by; with what is kept of prompts before."""
     machine, wanted = machine_of(fixture), golden(fixture).numbers[f"{case}/greedy_tokens"]
     found = run(machine, requests_of(fixture, case))
     np.testing.assert_array_equal([one.tokens for one in found], wanted)
@@ -89,11 +92,11 @@ def test_a_beginning_is_not_taken_for_one_with_another_picture():
 def test_no_picture_that_sees_itself_whole_is_split():
     request = requests_of("media_31b", "images")[0]
     first, second = request.media
-    senses = Senses(golden("media_31b").model.cfg, 1, 32)
-    assert senses.whole(request, 0, first.start + 1) == first.start
-    assert senses.whole(request, first.start, 2) == first.count  # longer than a chunk: read at once
-    assert senses.whole(request, first.start, first.count + 3) == first.count + 3
-    assert senses.whole(request, 0, second.start + 1) == second.start
+    seeing = Senses(golden("media_31b").model.cfg, 1, 32)
+    assert seeing.whole(request, 0, first.start + 1) == first.start
+    assert seeing.whole(request, first.start, 2) == first.count  # longer than a chunk: read at once
+    assert seeing.whole(request, first.start, first.count + 3) == first.count + 3
+    assert seeing.whole(request, 0, second.start + 1) == second.start
     causal = Senses(golden("media_e2b").model.cfg, 1, 32)
     assert causal.whole(request, 0, first.start + 1) == first.start + 1
 
@@ -105,10 +108,22 @@ CFG = ModelConfig.variant(
 
 
 @functools.cache
+def model_of(cfg: ModelConfig) -> Transformer:
+    """Random weights by NumPy, which compiles nothing."""
+    rng = np.random.default_rng(0)
+
+    def value(name, variable):
+        shape = variable.shape
+        return jnp.asarray(rng.normal(0, 0.1, shape) if name.endswith(".w") else np.ones(shape), jnp.float32)
+
+    return map_arrays(value, abstract(cfg))
+
+
+@functools.cache
 def sampler_of() -> Sampler:
     config = MediaConfig(image_tokens=70, num_frames=3)
     processor = Processor.load(assets.TOKENIZER).with_front_end(FrontEnd(CFG.vision, CFG.audio, config))
-    return Sampler(init(CFG), processor, max_length=512, batch_size=2)
+    return Sampler(model_of(CFG), processor, max_length=512, batch_size=2)
 
 
 def part(rng: np.random.Generator) -> dict:
@@ -120,10 +135,13 @@ def part(rng: np.random.Generator) -> dict:
     return {"type": "image", "array": pixels, "max_soft_tokens": budget}
 
 
-def test_nothing_compiles_after_warm_up_whatever_pictures_come():
+def test_nothing_compiles_after_warm_up_whatever_pictures_come(monkeypatch):
+    """With two sizes of pictures and of sounds in place of five and four: each is a program of its own."""
+    monkeypatch.setattr(senses, "BUDGETS", (70, 140))
+    monkeypatch.setattr(senses, "FRAMES", (100, 300))
     processor, rng = sampler_of().processor, np.random.default_rng(0)
     assert processor is not None
-    machine = Engine(init(CFG), slots=1, max_length=512, chunk=16)
+    machine = Engine(model_of(CFG), slots=1, max_length=512, chunk=16)
     machine.warm_up()
     with compilations() as compiled:
         for count in (1, 3, 0, 2):
@@ -136,7 +154,7 @@ def test_nothing_compiles_after_warm_up_whatever_pictures_come():
 def test_a_model_of_text_refuses_media_in_a_sentence():
     pixels = np.zeros((50, 50, 3), np.uint8)
     chat = [{"role": "user", "content": [{"type": "image", "array": pixels}, {"type": "text", "text": "What?"}]}]
-    text_model = init(dataclasses.replace(CFG, vision=None, audio=None))
+    text_model = model_of(dataclasses.replace(CFG, vision=None, audio=None))
     assert sampler_of().processor is not None
     sampler = Sampler(text_model, sampler_of().processor, max_length=256, batch_size=1)
     with pytest.raises(UserError, match=r"prompts\[0\]: the prompt has images, but this model has no vision tower"):
@@ -150,7 +168,7 @@ def test_a_model_of_text_refuses_media_in_a_sentence():
 
 
 def test_a_processor_without_towers_gets_the_models():
-    sampler = Sampler(init(CFG), Processor.load(assets.TOKENIZER), max_length=128)
+    sampler = Sampler(model_of(CFG), Processor.load(assets.TOKENIZER), max_length=128)
     assert sampler.processor is not None
     assert sampler.processor.front_end.vision == CFG.vision
 
@@ -172,7 +190,7 @@ def test_the_sample_task_shows_pictures_and_roots_chat_files(tmp_path, capsys):
     from gemma4_jax.checkpoint.store import save_model
     from launch.run import main
 
-    save_model(init(CFG), tmp_path / "model")
+    save_model(model_of(CFG), tmp_path / "model")
     Image.new("RGB", (60, 90), "blue").save(tmp_path / "blue.png")
     (tmp_path / "chats").mkdir()
     content = [{"type": "image", "path": "../blue.png"}, {"type": "text", "text": "Which colour?"}]
