@@ -60,9 +60,9 @@ JOBS = (
     Job("qat", "31b", "v6e:8x8", 64, 8192, (("fsdp", 64),)),
     Job("decode", "e2b", "v5e:1x1", 1, 8192, ()),
     Job("decode", "e4b", "v6e:1x1", 1, 8192, ()),
-    Job("decode", "26b_a4b", "v6e:2x4", 8, 32768, (("tensor", 8),)),
-    Job("decode", "31b", "v6e:2x4", 1, 262144, (("tensor", 8),)),
-    Job("decode", "31b", "h100:8", 8, 32768, (("tensor", 8),)),
+    Job("decode", "26b_a4b", "v6e:2x4", 8, 32768, (("expert", 4), ("tensor", 2))),
+    Job("decode", "31b", "v6e:2x4", 1, 262144, (("context", 2), ("tensor", 4))),
+    Job("decode", "31b", "h100:8", 8, 32768, (("context", 2), ("tensor", 4))),
 )
 
 

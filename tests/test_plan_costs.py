@@ -229,8 +229,8 @@ def test_checks_find_scores_logits_and_gathered_tables():
     assert checks.scores(module, 48, 100) == []
     assert [each.shape.dims for each in checks.logits(module, 96, 2048)] == [(96, 2048)]
     assert checks.logits(module, 97, 2048) == []
-    assert len(checks.gathered(module, 2048)) == 1
-    assert checks.gathered(module, 256) == []
+    assert len(checks.gathered(module, 2048, [16])) == 1
+    assert checks.gathered(module, 256, [16]) == checks.gathered(module, 2048, [24]) == []
     largest = checks.buffers(module)
     assert largest[0].shape.dims == (96, 2048)
     assert largest[0].bytes == 96 * 2048 * 4

@@ -38,7 +38,7 @@ def test_every_step_and_variant_has_a_slice():
 def test_the_mesh_written_down_is_the_one_that_is_chosen(job):
     cfg, devices = ModelConfig.variant(job.variant), topology(job.slice).devices
     if job.step == "decode":
-        chosen = decoding_axes(cfg, MeshConfig(), devices)
+        chosen = decoding_axes(cfg, MeshConfig(), devices, job.rows * job.length)
     else:
         chosen = training_axes(cfg, MeshConfig(), devices, job.rows, job.length)
     assert dict(job.mesh) == {axis: size for axis, size in chosen.items() if size > 1}

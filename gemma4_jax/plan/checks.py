@@ -1,6 +1,7 @@
 """What a compiled program must not contain: large buffers found by shape, and tables that are gathered whole."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from gemma4_jax.plan.costs import COLLECTIVES
 from gemma4_jax.plan.hlo import Computation, Instruction, Module, Shape
@@ -32,7 +33,8 @@ def faults(module: Module, job: Job) -> dict[str, list[str]]:
     if job.trains:
         found["logits of all tokens"] = [str(each) for each in logits(module, job.tokens, job.cfg.vocab_size)]
     if job.devices() > 1:
-        found["a gathered table"] = [each.name for each in gathered(module, job.cfg.vocab_size)]
+        widths = [width for width in (job.cfg.hidden_size, job.per_layer_width) if width]
+        found["a gathered table"] = [each.name for each in gathered(module, job.cfg.vocab_size, widths)]
     return found
 
 
@@ -86,16 +88,19 @@ def logits(module: Module, tokens: int, vocabulary: int) -> list[Buffer]:
     return [each for each in buffers(module) if match(each.shape)]
 
 
-def gathered(module: Module, rows: int) -> list[Instruction]:
-    """All-gathers whose result has a dim of `rows` and another: a table of the vocabulary made whole on each device.
+def gathered(module: Module, rows: int, widths: Sequence[int]) -> list[Instruction]:
+    """All-gathers whose result has a dim of `rows`, and as many numbers in each as a table of one of `widths`, or a multiple.
 
-    One number for each row is no table: 32,768 tokens that go to 8 experts each have 262,144 choices.
+    Keys of 262,144 tokens and the experts that 32,768 tokens choose have as many rows, but no such width.
     """
+
+    def match(shape: Shape) -> bool:
+        return rows in shape.dims and any(shape.size // rows % width == 0 for width in widths)
+
     return [
         made
         for _, made in collectives(module)
-        if made.opcode.startswith("all-gather")
-        and any(rows in shape.dims and shape.size > rows for shape in made.leaves)
+        if made.opcode.startswith("all-gather") and any(match(shape) for shape in made.leaves)
     ]
 
 
