@@ -175,10 +175,3 @@ def test_rows_that_are_all_bad_are_fatal_and_some_are_counted(tmp_path: Path, ca
     assert "2 of 6 rows cannot be used" in capsys.readouterr().err
     assert main([*base, *options, "--config.data.on_bad_row=error", f"--config.workdir={tmp_path / 'c'}"]) == 1
     assert "rows.jsonl:5" in capsys.readouterr().err
-
-
-def test_training_refuses_a_checkpoint_with_towers_unless_told_to_leave_them(tmp_path: Path, capsys):
-    whole = Path(__file__).parent / "golden" / "media_e2b"
-    options = ["--config=configs/sft_chat.py:e2b", f"--config.model.path={whole}", f"--config.workdir={tmp_path}/run"]
-    assert main([*options, "--config.data.paths=rows.jsonl"]) == 1
-    assert "set config.model.text_only=true" in capsys.readouterr().err
