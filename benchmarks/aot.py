@@ -155,9 +155,9 @@ def markdown(found: dict[str, dict]) -> str:
         "device, `estimate` is `plan.mode=estimate`'s. `of MaxText` is that peak over MaxText 0.2.5's for the same model, chips,",
         "sequence and batch (jax 0.12.0.1, libtpu 0.0.50.1, v6e 4x4, its defaults, fsdp 16). `bound` is what the roofline says",
         "binds, `MFU at most` what it leaves with everything overlapped; `s` is tracing and compiling on two CPU cores, which",
-        "other work shared. No row has a score matrix, the logits of all tokens, or a gathered table unless it says so.
-Rows are compiled again when they are asked for, so they stem from several versions; the constants of the estimate were fitted
-to these rows.",
+        "other work shared. No row has a score matrix, the logits of all tokens, or a gathered table unless it says so.",
+        "Rows are compiled again when they are asked for, so they stem from several versions; the constants of the estimate",
+        "were fitted to these rows.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
