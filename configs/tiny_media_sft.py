@@ -28,7 +28,7 @@ def get_config():
     config.optim.learning_rate = 2e-3
     config.optim.warmup_steps = 40
     config.train.log_every = 25
-    config.train.steps = 400
-    config.train.eval_every = 200
-    config.train.save_every = 200
+    config.train.steps = 700
+    config.train.eval_every = 350
+    config.train.save_every = 350
     return config

@@ -35,10 +35,10 @@ def picture(path: Path, colour: str, shape: str, rng: random.Random) -> None:
         raise UserError(
             "Drawing pictures needs Pillow, which is not installed: pip install 'gemma4_jax[media]'."
         ) from None
-    width, height = rng.randrange(64, 160), rng.randrange(64, 160)
+    width, height = rng.randrange(88, 137), rng.randrange(88, 137)
     grey = rng.randrange(90, 256)
     image = Image.new("RGB", (width, height), (grey, grey, grey))
-    radius = rng.uniform(0.25, 0.45) * min(width, height)
+    radius = rng.uniform(0.36, 0.45) * min(width, height)
     x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
     fill = tuple(min(255, max(0, value + rng.randrange(-20, 21))) for value in COLOURS[colour])
     draw = ImageDraw.Draw(image)
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Writes the directory, the same bytes for the same arguments, and says what is in it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--pictures", type=int, default=600, help="for training")
+    parser.add_argument("--pictures", type=int, default=900, help="for training")
     parser.add_argument("--sounds", type=int, default=300, help="for training")
     parser.add_argument("--heldout", type=int, default=40, help="pictures, and as many sounds, for measuring")
     parser.add_argument("--seed", type=int, default=4)
