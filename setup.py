@@ -74,6 +74,7 @@ EXTRAS = {
         "soundfile>=0.13",
         "soxr>=0.5",
         "pyarrow>=18",  # the extra `tables`
+        "matplotlib>=3.10",  # the plots of reports and evaluations, drawn by the tests
         "ruff>=0.14",  # format and lint
         "pyright[nodejs]>=1.1.400",  # types; brings its own node
     ],
