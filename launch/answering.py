@@ -1,13 +1,12 @@
 """`task=sample` and `task=eval`: what needs a model that answers."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
-from gemma4_jax.data.pipeline import DataConfig, make_loader
+from gemma4_jax.data.pipeline import DataConfig, held_out
 from gemma4_jax.data.records import open_rows
 from gemma4_jax.errors import UserError
 from gemma4_jax.eval import report
@@ -15,7 +14,7 @@ from gemma4_jax.eval.call_rows import CallRow, asked, call_rows, read_answers, s
 from gemma4_jax.eval.exact_match import ExactMatch, exact_match
 from gemma4_jax.eval.perplexity import evaluate_loss
 from gemma4_jax.infer import program
-from gemma4_jax.infer.generate import Completion, Sampler
+from gemma4_jax.infer.generate import Completion, SampleConfig, Sampler
 from gemma4_jax.infer.prompts import Prompt, conversation, read_prompts
 from gemma4_jax.mesh_choice import decoding_mesh
 from gemma4_jax.model.transformer import Transformer
@@ -40,16 +39,20 @@ def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
     mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh), run.sample.batch_size * (run.sample.max_length or 0))
     with on(mesh):
         # The weights are unrolled for this and needed for nothing else.
-        sampler = Sampler(
-            make_model(run.model, run.seed, mesh),
-            processor,
-            max_length=run.sample.max_length,
-            batch_size=run.sample.batch_size,
-            cache=run.sample.cache,
-            consume=True,
-            packed=run.sample.packed,
-        )
+        sampler = _sampler(run.sample, make_model(run.model, run.seed, mesh), processor, consume=True)
         return program.run_sample(sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write)
+
+
+def _sampler(how: SampleConfig, model: Transformer, processor: Processor, *, consume: bool = False) -> Sampler:
+    return Sampler(
+        model,
+        processor,
+        max_length=how.max_length,
+        batch_size=how.batch_size,
+        cache=how.cache,
+        consume=consume,
+        packed=how.packed,
+    )
 
 
 def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
@@ -107,14 +110,7 @@ def _measured(
         results |= held_out_loss(model, processor, run.data, run.eval.max_examples, write)
         write(report.losses(results))
     if set(run.eval.metrics) - {"perplexity"}:
-        sampler = Sampler(
-            model,
-            processor.below(Path(run.data.paths[0]).parent),
-            max_length=run.sample.max_length,
-            batch_size=run.sample.batch_size,
-            cache=run.sample.cache,
-            packed=run.sample.packed,
-        )
+        sampler = _sampler(run.sample, model, processor.below(Path(run.data.paths[0]).parent))
 
         def generate(prompts: Sequence[Prompt]) -> list[Completion]:
             return program.answer(sampler, prompts, run.sample, seed=run.seed, write=write)
@@ -134,12 +130,7 @@ def _exact_match_of(run: EvalRun, processor: Processor, write: Write) -> Callabl
 
     def ask(model: Transformer) -> float:
         if not samplers:
-            sizes = {
-                "max_length": run.sample.max_length,
-                "batch_size": run.sample.batch_size,
-                "cache": run.sample.cache,
-            }
-            samplers.append(Sampler(model, processor.below(Path(run.data.paths[0]).parent), **sizes))
+            samplers.append(_sampler(run.sample, model, processor.below(Path(run.data.paths[0]).parent)))
         (sampler,) = samplers
         sampler.update(model)
         found = exact_match(
@@ -154,9 +145,6 @@ def held_out_loss(
     model: Transformer, processor: Processor, data: DataConfig, max_rows: int | None, write: Write
 ) -> dict[str, float]:
     """Loss and perplexity over one pass of the rows in file order."""
-    loader = make_loader(dataclasses.replace(data, epochs=1, shuffle=False), processor)
-    try:
+    with held_out(data, processor) as loader:
         write(f"held-out data\n{loader.summary.table()}")
         return evaluate_loss(model, loader, max_batches=None if max_rows is None else -(-max_rows // data.batch_size))
-    finally:
-        loader.close()

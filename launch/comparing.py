@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import jax
 
-from gemma4_jax.data.pipeline import Loader, make_loader
+from gemma4_jax.data.pipeline import Loader, held_out
 from gemma4_jax.errors import UserError
 from gemma4_jax.eval import quality
 from gemma4_jax.eval.quality import Quality
@@ -39,15 +38,28 @@ def run_comparison(
 
     Returns the numbers by "MODEL.METRIC"; writes quality.json and quality.svg into `run.workdir`.
     """
-    with _rows(run, processor) as loader:
+    with held_out(run.data, processor) as loader:
         write(f"held-out data\n{loader.summary.table()}")
-    most, reference = run.eval.max_examples, without(reference)
+        found = _measured(run, loader, without(reference), exact_match, write, mesh)
+    write(quality.report(found))
+    return _kept(run, found, write)
+
+
+def _measured(
+    run: EvalRun,
+    loader: Loader,
+    reference: Transformer,
+    exact_match: ExactMatch | None,
+    write: Write,
+    mesh: jax.sharding.Mesh | None,
+) -> list[Quality]:
+    most = run.eval.max_examples
     batches = None if most is None else -(-most // run.data.batch_size)
     found: list[Quality] = []
 
     def measure(name: str, model: Transformer, rounded: str | None = None) -> None:
-        with _rows(run, processor) as loader:
-            values = quality.divergence(model, reference, islice(loader, batches))
+        loader.reset()
+        values = quality.divergence(model, reference, islice(loader, batches))
         right = None if exact_match is None else exact_match(model)
         grids = ", ".join(sorted(set(grid_names(model).values()))) or model.compute_dtype
         numbers = (values["perplexity"], values["kl"], values["agreement"])
@@ -63,27 +75,16 @@ def run_comparison(
             )
         kept = {part: value for part, value in described(trained).items() if part != "learned"}
         if kept:
-            measure(f"{name} rounded", _only_rounded(run, processor, reference, kept))
+            measure(f"{name} rounded", _only_rounded(loader, reference, kept))
         measure(name, trained, f"{name} rounded" if kept else None)
-    write(quality.report(found))
-    return _kept(run, found, write)
+    return found
 
 
-def _only_rounded(run: EvalRun, processor: Processor, reference: Transformer, description: dict) -> Transformer:
-    with _rows(run, processor) as loader:
-        batches = sum(1 for _ in loader)
-    with _rows(run, processor) as loader:
-        return calibrate(restored(reference, description), loader, min(batches, 16))
-
-
-@contextmanager
-def _rows(run: EvalRun, processor: Processor) -> Iterator[Loader]:
-    """One pass over the held-out rows in file order."""
-    loader = make_loader(dataclasses.replace(run.data, epochs=1, shuffle=False), processor)
-    try:
-        yield loader
-    finally:
-        loader.close()
+def _only_rounded(loader: Loader, reference: Transformer, description: dict) -> Transformer:
+    loader.reset()
+    batches = sum(1 for _ in loader)
+    loader.reset()
+    return calibrate(restored(reference, description), loader, min(batches, 16))
 
 
 def _kept(run: EvalRun, found: list[Quality], write: Write) -> dict[str, float]:

@@ -198,6 +198,10 @@ class EvalRun(Run):
             raise UserError("config.eval.answers is scored without a model; leave config.model out, or eval.answers.")
         if not given and self.eval.answers is None:
             raise UserError("config.model wants either variant or path, got neither.")
+        if self.eval.against and self.sample.packed:
+            raise UserError(
+                "config.eval.against asks the float model too, which has no codes; leave config.sample.packed out."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,7 @@ def changed_json(value: Any, generator: random.Random) -> Any:
         holder, key = generator.choice(places)
         kind = generator.randrange(5)
         if kind == 0:
-            holder[key] = generator.choice(ODD_VALUES)
+            holder[key] = copy.deepcopy(generator.choice(ODD_VALUES))  # the next change may be inside it
         elif kind == 1 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
             holder[key] += generator.choice((-1, 1, 8, 10**9))
         elif kind == 2 and isinstance(holder, dict):

@@ -12,11 +12,12 @@ from gemma4_jax import assets
 from gemma4_jax.checkpoint.store import save_model
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
-from gemma4_jax.eval.quality import Quality, divergence, recovered, report
-from gemma4_jax.model.parameters import arrays, with_arrays
+from gemma4_jax.eval.quality import Quality, divergence, plot, recovered, report
+from gemma4_jax.model.parameters import arrays, map_arrays, with_arrays
 from gemma4_jax.model.transformer import Transformer, init
 from gemma4_jax.processor import Processor
 from gemma4_jax.quant.policy import QuantConfig, apply
+from gemma4_jax.sharding import make_mesh, parameter_shardings
 from launch.answering import run_eval
 from launch.run import load_config
 from launch.settings import EvalRun, read
@@ -57,6 +58,12 @@ def test_numbers_are_those_of_the_logits(model):
     assert found["kl"] == pytest.approx((weight * (np.exp(log_r) * (log_r - log_q)).sum(-1)).sum(), rel=1e-3)
     assert found["agreement"] == pytest.approx((weight * (log_q.argmax(-1) == log_r.argmax(-1))).sum(), abs=1e-6)
     assert found["tokens"] == 2 * batch["loss_weights"].sum()
+    mesh = make_mesh({"fsdp": 2, "tensor": 4})
+    place = parameter_shardings(mesh)
+    placed = [map_arrays(lambda name, v: jax.device_put(v.get_value(), place(name, v)), x) for x in (other, model)]
+    with jax.set_mesh(mesh):
+        cut = divergence(*placed, [batch, batch])
+    assert cut == pytest.approx(found, rel=1e-4)
     with pytest.raises(UserError, match="no trained token"):
         divergence(other, model, [{**batch, "loss_weights": jnp.zeros((2, 70))}])
 
@@ -106,3 +113,24 @@ def test_only_what_can_be_compared_is_asked_for():
     mapping["eval"] |= {"metrics": ("exact_match",), "against": {"q4_0": "somewhere"}}
     with pytest.raises(UserError, match=r"eval\.against compares perplexity"):
         read(mapping)
+    mapping["eval"] |= {"metrics": ("perplexity",)}
+    mapping["sample"]["packed"] = True
+    with pytest.raises(UserError, match=r"leave config\.sample\.packed out"):
+        read(mapping)
+
+
+def test_the_bars_are_drawn(tmp_path):
+    found = [
+        Quality("float", "float32", 10.0, 0.0, 1.0),
+        Quality("a rounded", "q4_0", 14.0, 0.2, 0.8),
+        Quality("a", "q4_0", 11.0, 0.1, 0.9, rounded="a rounded"),
+    ]
+    plot(found, str(tmp_path / "quality.svg"))
+    drawing = (tmp_path / "quality.svg").read_text()
+    for words in (
+        "rounded after training",
+        "perplexity above float (10.000)",
+        " 4 ",
+        " 1 ",
+    ):  # the heights of both bars
+        assert f"<!-- {words.strip()} -->" in drawing

@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -292,3 +293,16 @@ def make_loader(
         parts=parts,
         multiple_of=multiple_of,
     )
+
+
+@contextmanager
+def held_out(config: DataConfig, processor: Processor) -> Iterator[Loader]:
+    """The rows once, in file order; `reset()` begins anew. Closed at the end.
+
+    Raises UserError as `make_loader` does.
+    """
+    loader = make_loader(replace(config, epochs=1, shuffle=False), processor)
+    try:
+        yield loader
+    finally:
+        loader.close()

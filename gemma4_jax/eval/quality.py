@@ -53,14 +53,9 @@ def _sums(model: Transformer, reference: Transformer, batch: dict[str, Any]) -> 
     chunks = [jnp.pad(x, ((0, rest),) + ((0, 0),) * (x.ndim - 1)) for x in (*hidden, targets, weights)]
     chunks = [x.reshape(-1, CHUNK, *x.shape[1:]) for x in chunks]
 
-    def log_p(one: Transformer, hidden_MD: jax.Array) -> jax.Array:
-        logits = jnp.einsum("MD,VD->MV", hidden_MD, one.embed.head(hidden_MD.dtype), preferred_element_type=jnp.float32)
-        cap = one.cfg.final_logit_softcapping
-        return jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
-
     def add(total, part):
         ours, theirs, target, weight = part
-        log_q, log_r = log_p(model, ours), log_p(reference, theirs)
+        log_q, log_r = (jax.nn.log_softmax(one.logits(x)) for one, x in ((model, ours), (reference, theirs)))
         found = (
             -jnp.take_along_axis(log_q, target[:, None], 1)[:, 0],
             jnp.sum(jnp.exp(log_r) * (log_r - log_q), 1),
