@@ -155,22 +155,9 @@ def train(
       meter: makes log lines.
       hooks: evaluation, samples, text output.
     """
-    done = int(state.step)
-    started, compiled, metrics = done, False, None
-
-    def due(every: int) -> bool:
-        return (every > 0 and done % every == 0) or done == config.steps
-
-    def save(place: dict[str, Any], evaluated: dict[str, float] | None) -> None:
-        if store is None or metrics is None:
-            return
-        store.save(done, state.flat(), {**meta, "data": place}, metrics=evaluated)
-
-    def report() -> None:
-        if store is not None and (line := store.committed()):
-            hooks.write(line)
-
+    started = done = int(state.step)
     with Notices() as notices, Watchdog(config.stall_seconds) as watchdog:
+        aside = _Aside(config, template, store, meta, recorder, meter, hooks, watchdog)
         while done < config.steps:
             place = batches.state()
             watchdog.beat("reading data")
@@ -182,56 +169,91 @@ def train(
             began = time.perf_counter()
             with contextlib.nullcontext() if hooks.tracer is None else hooks.tracer.step(done + 1):
                 state, metrics = step(state, place_batch(batch), teacher)
-            if not compiled:
-                compiled = True
+            if done == started:
                 seconds = time.perf_counter() - began
                 hooks.write(f"compiled the step in {duration(seconds)}")
                 meter.pause(seconds)
             meter.add({**metrics, "learning_rate": learning_rate(done)})
             done += 1
-            if hooks.tracer is not None:
-                with watchdog.paused():
-                    meter.pause(hooks.tracer.done(done, metrics))
             place = batches.state()
-
-            if due(config.log_every):
-                values, line = meter.read(done)
-                hooks.write(line)
-                recorder.write(done, values)
-                _refuse_skipping(meter.skipped_in_a_row, config.max_skipped, values["loss"], done)
-
-            paused = time.perf_counter()
-            evaluated = None  # a checkpoint is ranked by its own evaluation, never by an older one
-            with watchdog.paused():
-                ranked = config.keep_best and due(config.save_every)
-                if hooks.evaluate is not None and (ranked or due(config.eval_every)):
-                    evaluated = hooks.evaluate(state.model(template))
-                    hooks.write(f"eval {done:>{len(str(config.steps))}}/{config.steps}  {_listed(evaluated)}")
-                    recorder.write(done, evaluated, prefix="eval")
-                if hooks.sample is not None and config.sample_every and due(config.sample_every):
-                    text = hooks.sample(state.model(template))
-                    hooks.write(text)
-                    recorder.text(done, "samples", text)
-            if due(config.save_every):
-                watchdog.beat(f"saving step {done}")
-                save(place, evaluated)
-            report()
-            meter.pause(time.perf_counter() - paused)
+            aside.after_step(done, state, place, metrics)
             if done < config.steps and notices.reached(done):
                 break
         if done < config.steps:
             hooks.write(f"told to end after step {done} of {config.steps}")
             if done > started:
-                save(place, None)
+                aside.save(done, state, place, None)
         if hooks.tracer is not None:
             hooks.tracer.close(done)
         watchdog.beat("writing the last checkpoint")
         if store is not None:
             store.wait()
-        report()
+        aside.report_committed()
     if done < config.steps:
         raise Preempted(done)
     return state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Aside:
+    """What is done between two steps, when it is due: log, evaluation, samples, checkpoints."""
+
+    config: TrainConfig
+    template: Transformer
+    store: Store | None
+    meta: Mapping[str, Any]
+    recorder: Recorder
+    meter: Meter
+    hooks: Hooks
+    watchdog: Watchdog
+
+    def after_step(self, done: int, state: TrainState, place: dict[str, Any], metrics: Mapping[str, Any]) -> None:
+        """Everything that is due after step `done`; its time does not count as training."""
+        if self.hooks.tracer is not None:
+            with self.watchdog.paused():
+                self.meter.pause(self.hooks.tracer.done(done, metrics))
+        if self._due(done, self.config.log_every):
+            values, line = self.meter.read(done)
+            self.hooks.write(line)
+            self.recorder.write(done, values)
+            _refuse_skipping(self.meter.skipped_in_a_row, self.config.max_skipped, values["loss"], done)
+        began = time.perf_counter()
+        with self.watchdog.paused():
+            evaluated = self._evaluate(done, state)
+            self._sample(done, state)
+        if self._due(done, self.config.save_every):
+            self.watchdog.beat(f"saving step {done}")
+            self.save(done, state, place, evaluated)
+        self.report_committed()
+        self.meter.pause(time.perf_counter() - began)
+
+    def save(self, done: int, state: TrainState, place: dict[str, Any], evaluated: dict[str, float] | None) -> None:
+        """Begins a checkpoint. It is ranked by its own evaluation, never by an older one."""
+        if self.store is not None:
+            self.store.save(done, state.flat(), {**self.meta, "data": place}, metrics=evaluated)
+
+    def report_committed(self) -> None:
+        """Says which checkpoints are on disk since the last call."""
+        if self.store is not None and (line := self.store.committed()):
+            self.hooks.write(line)
+
+    def _due(self, done: int, every: int) -> bool:
+        return (every > 0 and done % every == 0) or done == self.config.steps
+
+    def _evaluate(self, done: int, state: TrainState) -> dict[str, float] | None:
+        ranked = self.config.keep_best and self._due(done, self.config.save_every)
+        if self.hooks.evaluate is None or not (ranked or self._due(done, self.config.eval_every)):
+            return None
+        evaluated = self.hooks.evaluate(state.model(self.template))
+        self.hooks.write(f"eval {done:>{len(str(self.config.steps))}}/{self.config.steps}  {_listed(evaluated)}")
+        self.recorder.write(done, evaluated, prefix="eval")
+        return evaluated
+
+    def _sample(self, done: int, state: TrainState) -> None:
+        if self.hooks.sample is not None and self.config.sample_every and self._due(done, self.config.sample_every):
+            text = self.hooks.sample(state.model(self.template))
+            self.hooks.write(text)
+            self.recorder.text(done, "samples", text)
 
 
 def _next(batches: Batches, done: int, steps: int) -> dict[str, np.ndarray]:
