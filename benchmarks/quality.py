@@ -2,8 +2,8 @@
 
 A tiny E2B learns grade-school problems (GSM8K in ../shared/data) from random weights. Then the same weights train on, once in
 float, once for each policy with rounding, with the same steps, rows and learning rate; the teacher of those is the float model that
-trained on. `task=eval` lays all of them beside that float model, and beside the same model only rounded. About half an hour
-on two idle cores; a stage that is there already (`--home`) is not run again.
+trained on. `task=eval` lays all of them beside that float model, and beside the same model only rounded. A stage that is there
+already (`--home`) is not run again.
 """
 
 import argparse

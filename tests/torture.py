@@ -23,6 +23,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 SIZES = {"num_hidden_layers": 6, "hidden_size_per_layer_input": 0, "hidden_size": 64, "intermediate_size": 64}
 STEPS, SAVE_EVERY = 60, 3
+STEP_LINE = r"\nstep +(\d+)/"
 OPTIONS = [
     "--config=configs/tiny_sft.py",
     "--config.model.variant=tiny_31b",
@@ -66,12 +67,14 @@ class Run:
     def said(self) -> str:
         return self.logs[0].read_text()
 
-    def wait_for(self, text: str, seconds: float = 300) -> None:
-        """Returns when process 0 has said `text`, or any process has ended."""
+    def wait_for(self, pattern: str, times: int = 1, seconds: float = 300) -> None:
+        """Returns when process 0 has said `pattern` so often, or any process has ended."""
         end = time.monotonic() + seconds
-        while text not in self.said() and all(process.poll() is None for process in self.processes):
+        while len(re.findall(pattern, self.said())) < times and all(
+            process.poll() is None for process in self.processes
+        ):
             if time.monotonic() > end:
-                raise Failure(f"nobody said {text!r} in {seconds} s; last words: {self.said()[-300:]}")
+                raise Failure(f"nobody said {pattern!r} in {seconds} s; last words: {self.said()[-300:]}")
             time.sleep(0.05)
 
     def wait(self, seconds: float = 300) -> list[int]:
@@ -118,11 +121,11 @@ def last_digests(workdir: Path) -> dict[str, str]:
     from gemma4_jax.checkpoint.steps import absolute
     from gemma4_jax.checkpoint.verified import array_digests
 
-    return array_digests(absolute(workdir / "checkpoints" / str(STEPS)))
+    return array_digests(absolute(workdir / "checkpoints" / str(max(committed(workdir)))))
 
 
-def uninterrupted(root: Path, count: int) -> dict[str, str]:
-    run = Run(root / f"whole{count}", count)
+def uninterrupted(root: Path, count: int, *options: str) -> dict[str, str]:
+    run = Run(root / f"whole{count}", count, *options)
     if any(run.wait()):
         raise Failure(f"the uninterrupted run failed: {run.said()[-500:]}")
     return last_digests(run.workdir)
@@ -137,8 +140,13 @@ def kills(times: int, seed: int) -> str:
             workdir, safe, begun = root / f"cut{count}", 0, 0
             for _ in range(times // 2):
                 run = Run(workdir, count)
-                run.wait_for("compiled the step" if generator.random() < 0.8 else "ready in")
-                time.sleep(generator.uniform(0, 2.5))
+                # Moments are told by steps, not by the clock: a slow machine is killed while it saves too.
+                if generator.random() < 0.2:
+                    run.wait_for("ready in")
+                else:
+                    run.wait_for("compiled the step")
+                    run.wait_for(STEP_LINE, generator.randrange(2 * SAVE_EVERY + 2))
+                time.sleep(generator.uniform(0, 0.5))
                 which = generator.choice([(0, 1), (0,), (1,)]) if count > 1 else (0,)
                 run.kill(which)
                 run.wait(60)  # the survivor ends within the heartbeat
@@ -146,7 +154,7 @@ def kills(times: int, seed: int) -> str:
                 if resumed and resumed[0] < safe:
                     raise Failure(f"resumed after step {resumed[0]}, though step {safe} was committed")
                 safe = max([safe, *run.numbers(r"committed step (\d+)")])
-                begun = max([begun, *run.numbers(r"\nstep +(\d+)/")])
+                begun = max([begun, *run.numbers(STEP_LINE)])
                 newest = max(committed(workdir), default=0)
                 if newest < safe:
                     raise Failure(f"step {safe} was called committed, and the newest is {newest}")
@@ -174,14 +182,17 @@ def _same(workdir: Path, wanted: dict[str, str]) -> None:
 def notices(times: int, seed: int) -> str:
     """SIGTERM in every phase, to one process or one of two: all save the same step and end with 75; then they go on."""
     generator, done = random.Random(seed), 0
-    phases = ["ready in", "compiled the step", f"step {SAVE_EVERY:>2}/", "committed step", "step 10/"]
+    phases = [("ready in", 1), ("compiled the step", 1), (STEP_LINE, 1), ("committed step", 1), (STEP_LINE, 10)]
+    # Processes agree on the step in about a second: there must be steps left when they have.
+    steps = 10 * STEPS
+    longer = f"--config.train.steps={steps}"
     with directory() as root:
         for count in (1, 2):
-            wanted = uninterrupted(root, count)
+            wanted = uninterrupted(root, count, longer)
             workdir = root / f"told{count}"
-            for phase in phases * (-(-times // (2 * len(phases)))):
-                run = Run(workdir, count)
-                run.wait_for(phase)
+            for phase, often in phases * (-(-times // (2 * len(phases)))):
+                run = Run(workdir, count, longer)
+                run.wait_for(phase, often)
                 time.sleep(generator.uniform(0, 0.3))
                 told = run.processes[generator.randrange(count)]
                 told.send_signal(signal.SIGTERM)
@@ -190,17 +201,18 @@ def notices(times: int, seed: int) -> str:
                 codes = run.wait(120)
                 newest = max(committed(workdir), default=0)
                 early = phase == "ready in" and codes[0] in (-signal.SIGTERM, 143)  # before it listens: nothing to save
-                if not early and codes != [75] * count and newest != STEPS:
+                if not early and codes != [75] * count and newest != steps:
                     raise Failure(f"{phase!r}: exit codes {codes}; {run.said()[-500:]}")
                 check_steps(workdir)
                 done += 1
                 print(
-                    f"  notice {done}: {count} process(es), at {phase!r}, codes {codes}, committed {newest}", flush=True
+                    f"  notice {done}: {count} process(es), at {often} x {phase!r}, codes {codes}, committed {newest}",
+                    flush=True,
                 )
-                if newest == STEPS:
+                if newest == steps:
                     _same(workdir, wanted)
                     shutil.rmtree(workdir)
-            run = Run(workdir, count)
+            run = Run(workdir, count, longer)
             if any(run.wait()):
                 raise Failure(run.said()[-500:])
             _same(workdir, wanted)
@@ -215,7 +227,7 @@ def stopped(times: int, seed: int) -> str:
             run = Run(
                 root / f"stop{number}", 2, "--config.train.stall_seconds=8", f"--config.train.steps={100 * STEPS}"
             )
-            run.wait_for("step  5/")
+            run.wait_for(STEP_LINE, 5)
             victim = run.processes[(seed + number) % 2]
             victim.send_signal(signal.SIGSTOP)
             began = time.monotonic()

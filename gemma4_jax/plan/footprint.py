@@ -22,9 +22,7 @@ class Constants:
     queries: float = 7.0  # [M, N H]: q, output, heads-first copies, their cotangents
     keys: float = 7.0  # [S, K H], k and v each a half
     ffw: float = 4.5  # [M, F]: gate, up, their cotangents
-    deferred: float = (
-        3.5  # [M, F] of a full layer that shares keys and values: its weights' gradients come after the next layers'
-    )
+    deferred: float = 3.5  # [M, F] of a full layer with shared keys and values: its gradients wait for the next layers'
     expert_rows: float = 3.0  # [R, D], R rows sorted by expert
     expert_ffw: float = 5.0  # [R, F]
     hidden_copies: float = 3.0  # [M, D] around the loss: hidden states, sorted, their gradient
