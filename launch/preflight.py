@@ -29,7 +29,7 @@ GiB = 2**30
 def preflight(run: TrainRun, cfg: ModelConfig, mesh: Mesh | None) -> None:
     """UserError if the checkpoints of the run, or its state and gradients alone, do not fit."""
     state = _state(run, cfg, mesh)
-    if run.workdir is not None and "://" not in run.workdir and jax.process_index() == 0:
+    if run.workdir is not None and jax.process_index() == 0:
         check_disk(Path(run.workdir), sum(map(_bytes, state.flat().values())), run.train.keep + run.train.keep_best)
     held = [*state.flat().values(), *state.base.values(), *state.params.values()]
     needed = sum(_bytes(x, local=True) for x in held)

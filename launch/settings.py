@@ -320,7 +320,13 @@ def defaults(task: str) -> Any:
 
 def read(mapping: Mapping[str, Any]) -> Run:
     """The settings of the task that `mapping["task"]` names; UserError in one sentence otherwise."""
-    return schema.from_mapping(task_class(mapping.get("task")), mapping)
+    run = schema.from_mapping(task_class(mapping.get("task")), mapping)
+    if run.workdir is not None and "://" in run.workdir:
+        raise UserError(
+            f"config.workdir is {run.workdir}, but metrics, logs and reports are written as files; mount the bucket (gcsfuse, or "
+            "--bucket of the scripts in launch/) and name the directory it is mounted at."
+        )
+    return run
 
 
 def task_class(task: Any) -> type[Run]:

@@ -315,3 +315,8 @@ def test_help_shows_tasks_and_every_key(launch):
 def test_summary_shows_only_what_differs():
     got = settings.read({"task": "convert", "convert": {"source": "a", "target": "b", "format": "hf"}})
     assert summary(got).split() == ["convert.source", "a", "convert.target", "b"]
+
+
+def test_a_bucket_is_no_directory():
+    with pytest.raises(UserError, match=r"config\.workdir is gs://b/run, but .*mount the bucket"):
+        settings.read({"task": "convert", "convert": {"source": "a", "target": "b"}, "workdir": "gs://b/run"})

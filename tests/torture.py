@@ -77,7 +77,7 @@ class Run:
                 raise Failure(f"nobody said {pattern!r} in {seconds} s; last words: {self.said()[-300:]}")
             time.sleep(0.05)
 
-    def wait(self, seconds: float = 300) -> list[int]:
+    def wait(self, seconds: float = 1200) -> list[int]:
         """Exit codes."""
         try:
             return [process.wait(timeout=seconds) for process in self.processes]
