@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.train import MODELS, PEERS, ROWS, compare
+from benchmarks.worker import transformers_python
 from gemma4_jax.errors import UserError
 
 
@@ -24,15 +25,14 @@ def main() -> None:
     )
     parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
     options = parser.parse_args()
-    parity = sorted(Path(__file__).parents[1].glob(".venv-parity-*/bin/python"))
-    peers = {"transformers": parity[-1]} if parity else {}
+    peers: dict[str, Path] = {}
     for text in options.peer:
         name, _, python = text.partition("=")
         if name not in PEERS or not Path(python).is_file():
             parser.error(f"--peer wants NAME=PYTHON, NAME of {', '.join(PEERS)} and PYTHON a file; got {text!r}")
         peers[name] = Path(python)
-    if "transformers" not in peers:
-        print("Without transformers: there is no .venv-parity-*. `make parity` makes it; --peer names another.")
+    if "transformers" not in peers and (found := transformers_python()):
+        peers = {"transformers": found, **peers}
     try:
         size = {"quick": options.quick, "steps": options.steps, "rows": options.rows}
         compare(options.models, **size, peers=peers, save=options.save)

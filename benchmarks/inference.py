@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.train import MODELS
-from benchmarks.worker import Answer, worker
+from benchmarks.worker import Answer, transformers_python, worker
 from gemma4_jax.checkpoint.hf import save_hf
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
@@ -186,11 +186,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the checkpoint")
     parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
     options = parser.parse_args()
-    parity = sorted(Path(__file__).parents[1].glob(".venv-parity-*/bin/python"))
-    peer: Path | None = options.peer_python or (parity[-1] if parity else None)
-    if peer is None:
-        print("Without transformers: there is no .venv-parity-*. `make parity` makes it; --peer-python names another.")
-    elif not peer.is_file():
+    peer: Path | None = options.peer_python or transformers_python()
+    if peer is not None and not peer.is_file():
         parser.error(f"--peer-python {peer} does not exist; name the bin/python of an environment with transformers")
     try:
         compare(

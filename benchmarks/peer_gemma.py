@@ -10,41 +10,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from gemma.gm.nn.gemma4 import _config, _modules, _transformer
 from safetensors.numpy import load_file
 
-from benchmarks.worker import serve
+from benchmarks.jax_peer import train
 
 
 def main(checkpoint: Path) -> None:
-    """Its model with our weights; cross-entropy of its logits, as its own loss has it; AdamW from Optax as on our side."""
+    """Its model with our weights; cross-entropy of its logits, as its own loss has it."""
     hf = json.loads((checkpoint / "config.json").read_text())
     model = _transformer.Transformer(config=_configuration(hf), tokens="batch.input", dtype=jnp.float32)
     tokens = jnp.asarray(np.load(checkpoint / "tokens.npy"))
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     params = _parameters(shapes, load_file(checkpoint / "model.safetensors"), hf)
-    optimizer = optax.adamw(1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    state = params, optimizer.init(params)
-
-    def loss(params):
-        logits = model.apply({"params": params}, tokens).logits[:, :-1].astype(jnp.float32)
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], -1).mean()
-
-    @jax.jit(donate_argnums=0)
-    def train_step(state):
-        params, moments = state
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, moments = optimizer.update(grads, moments, params)
-        return (optax.apply_updates(params, updates), moments), value
-
-    def step() -> float:
-        nonlocal state
-        state, value = jax.block_until_ready(train_step(state))
-        return float(value)
-
-    version = f"gemma {importlib.metadata.version('gemma')}, jax {jax.__version__}"
-    serve({"version": version, "parameters": sum(x.size for x in jax.tree.leaves(params))}, step)
+    train(
+        lambda params: model.apply({"params": params}, tokens).logits,
+        params,
+        tokens,
+        f"gemma {importlib.metadata.version('gemma')}",
+    )
 
 
 def _configuration(hf: dict[str, Any]) -> Any:

@@ -10,45 +10,27 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from tunix.models.gemma4 import model as tunix_model
 from tunix.models.gemma4.params_safetensors import create_model_from_safe_tensors
 
-from benchmarks.worker import serve
+from benchmarks.jax_peer import train
 
 
 def main(checkpoint: Path) -> None:
-    """Tunix's own loader, model and causal mask; cross-entropy as its trainer has it; AdamW from Optax as on our side."""
+    """Tunix's own loader, model and causal mask; cross-entropy as its trainer has it."""
     model = _load(checkpoint)
-    optimizer = optax.adamw(1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     graph, params = nnx.split(model)
-    state = params, optimizer.init(params)
     tokens = jnp.asarray(np.load(checkpoint / "tokens.npy"))
     rows, length = tokens.shape
     positions = jnp.tile(jnp.arange(length)[None], (rows, 1))
     mask = jnp.tile(jnp.tril(jnp.ones((length, length), bool))[None], (rows, 1, 1))
 
-    def loss(params):
-        logits, _ = nnx.merge(graph, params)(tokens, positions=positions, attention_mask=mask)
-        log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
-        return -jnp.take_along_axis(log_p, tokens[:, 1:, None], -1).mean()
+    def logits(params):
+        return nnx.merge(graph, params)(tokens, positions=positions, attention_mask=mask)[0]
 
-    @jax.jit(donate_argnums=0)
-    def train_step(state):
-        params, moments = state
-        value, grads = jax.value_and_grad(loss)(params)
-        updates, moments = optimizer.update(grads, moments, params)
-        return (optax.apply_updates(params, updates), moments), value
-
-    def step() -> float:
-        nonlocal state
-        state, value = jax.block_until_ready(train_step(state))
-        return float(value)
-
-    version = f"Tunix {importlib.metadata.version('google-tunix')}, jax {jax.__version__}"
-    serve({"version": version, "parameters": sum(x.size for x in jax.tree.leaves(params))}, step)
+    train(logits, params, tokens, f"Tunix {importlib.metadata.version('google-tunix')}")
 
 
 def _load(checkpoint: Path) -> nnx.Module:

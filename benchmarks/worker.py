@@ -31,6 +31,16 @@ def peak_gb() -> float | None:
     return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")), None)
 
 
+def transformers_python() -> Path | None:
+    """The newest environment that `make parity` made; None, and a line that says so, where there is none."""
+    found = sorted(Path(__file__).parents[1].glob(".venv-parity-*/bin/python"))
+    if not found:
+        print(
+            "Without transformers: there is no .venv-parity-*. `make parity` makes it; or name another on the command line."
+        )
+    return found[-1] if found else None
+
+
 @contextlib.contextmanager
 def worker(python: str, module: str, checkpoint: Path) -> Iterator[Callable[[], Answer]]:
     """A running side; each call of what this yields is one step there."""

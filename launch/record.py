@@ -12,14 +12,18 @@ from launch import schema, settings
 
 def summary(run: settings.Run) -> str:
     """The keys that differ from their defaults, one a line: what makes this run this run."""
-    defaults = known(type(run))
-    chosen = {
-        key: value
-        for key, value in flat(schema.to_mapping(run)).items()
+    chosen = changed(schema.to_mapping(run), known(type(run)))
+    width = max((len(key) for key in chosen), default=0)
+    return "\n".join(f"  {key:<{width}}  {'none' if value is None else value}" for key, (value, _) in chosen.items())
+
+
+def changed(mapping: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """(value, default) of the settings that differ from `defaults` (`known`), by dotted name; "" for a default nobody knows."""
+    return {
+        key: (value, defaults.get(key, ""))
+        for key, value in flat(mapping).items()
         if key != "task" and (key not in defaults or defaults[key] != value)
     }
-    width = max((len(key) for key in chosen), default=0)
-    return "\n".join(f"  {key:<{width}}  {'none' if value is None else value}" for key, value in chosen.items())
 
 
 def keep_config(run: settings.Run, write: bool = True) -> None:

@@ -83,7 +83,7 @@ def read(directory: str | os.PathLike[str]) -> Record:
         directory=path,
         task=mapping.get("task", "training"),
         config=record.flat(mapping),
-        changed=_changed(mapping),
+        changed=record.changed(mapping, _defaults(mapping.get("task"))),
         metrics=metrics,
         samples=_lines(path / SAMPLES),
         bad_rows=len(_lines(bad)),
@@ -103,18 +103,12 @@ def _lines(path: Path) -> list[Row]:
     return rows
 
 
-def _changed(mapping: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from the defaults of their task; all of them where this version does not know the task."""
+def _defaults(task: str | None) -> dict[str, Any]:
+    """Those of a task; none where this version does not know it, so that a page shows all settings as changed."""
     try:
-        known = record.known(settings.task_class(mapping.get("task")))
+        return record.known(settings.task_class(task))
     except UserError:
-        known = {}
-    flat = record.flat(mapping)
-    return {
-        key: (value, known.get(key, ""))
-        for key, value in flat.items()
-        if key != "task" and (key not in known or known[key] != value)
-    }
+        return {}
 
 
 def main(arguments: Sequence[str]) -> int:
