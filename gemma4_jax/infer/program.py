@@ -40,7 +40,8 @@ def run_sample(
             file.close()
     tokens = sum(len(completion.tokens) for completion in completions)
     where = "" if output is None else f"; written to {output}"
-    write(f"\n{len(completions)} answers, {tokens} tokens in {seconds:.1f} s: {tokens / seconds:.1f} tokens/s{where}")
+    count = f"{len(completions)} answer{'s' * (len(completions) != 1)}"
+    write(f"\n{count}, {tokens} tokens in {seconds:.1f} s with compiling: {tokens / seconds:.1f} tokens/s{where}")
     return completions
 
 
