@@ -4,7 +4,8 @@ loss = sum over rows of weight * ((1 - a) * CE + a * KL), with logits = softcap 
 or h . E^T where softcap is None.
 Rows of weight 0 are sorted to the end and never multiplied. When the loss is differentiated, the forward pass computes
 the gradients chunk by chunk while the logits are there (three products per chunk, nothing recomputed) and the backward
-pass only scales them. Soft cap: Gemma 2 report (arXiv:2408.00118), section 2.
+pass only scales them. Of a table that is not differentiated by (frozen, beside adapters) no gradient is made: two products.
+Soft cap: Gemma 2 report (arXiv:2408.00118), section 2.
 
 On a mesh the table stays cut by rows. The n devices that hold it together gather each other's chunk of hidden states,
 each multiplies them all by its own rows of the table, maxima and sums over the vocabulary are made across devices, and
@@ -14,10 +15,11 @@ chunk is gathered while one is multiplied.
 
 import functools
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from gemma4_jax.kernels.slices import buffer, read, value, write
@@ -139,14 +141,11 @@ def _losses(
     return _result(options, _on_mesh(options, local, teacher, out)(hidden, table_VD, targets, weights, teacher))
 
 
-def _forward(
-    options: Options,
-    hidden: jax.Array,
-    table_VD: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
-    teacher: Teacher,
-) -> tuple[tuple[jax.Array, Sums], tuple[jax.Array, jax.Array]]:
+def _forward(options: Options, *given: Any) -> tuple[tuple[jax.Array, Sums], tuple[jax.Array, jax.Array | None]]:
+    """The result of `_losses` and its gradients; each array of `given` says whether it is differentiated by."""
+    learns = given[1].perturbed
+    hidden, table_VD, targets, weights, teacher = jax.tree.map(lambda each: each.value, given)
+
     def local(hidden, table_VD, targets, weights, teacher):
         rows = _sorted_rows(options, hidden, targets, weights, teacher)
 
@@ -161,18 +160,20 @@ def _forward(
             d_rows = jnp.einsum("MV,VD->MD", d_raw, table_VD, preferred_element_type=jnp.float32)
             d_rows = scatter_total(d_rows.astype(hidden.dtype), options.cut)
             d_hidden = write(d_hidden, d_rows, i * options.chunk)
-            d_table += jnp.einsum("MV,MD->VD", d_raw, part.hidden, preferred_element_type=jnp.float32)
+            if learns:
+                d_table += jnp.einsum("MV,MD->VD", d_raw, part.hidden, preferred_element_type=jnp.float32)
             return ahead, jax.tree.map(jnp.add, sums, new), d_hidden, d_table
 
-        zeros = _zero_sums(), buffer(rows.hidden.shape, hidden.dtype), jnp.zeros(table_VD.shape, jnp.float32)
-        start = _chunk_of(rows, 0, options), *zeros
+        no_table = jnp.zeros(table_VD.shape, jnp.float32) if learns else None
+        start = _chunk_of(rows, 0, options), _zero_sums(), buffer(rows.hidden.shape, hidden.dtype), no_table
         _, sums, d_sorted, d_table = jax.lax.fori_loop(0, _chunks(rows, options), step, start)
         d_hidden = value(d_sorted[jnp.argsort(rows.order)], hidden.dtype).reshape(hidden.shape)
-        d_table = narrowed(total(d_table, options.cut.copies), table_VD.dtype)
+        if learns:
+            d_table = narrowed(total(d_table, options.cut.copies), table_VD.dtype)
         # Together, so that the float32 gradient of the table is not kept until the lookup's is added to it.
         return _all_sums(options, sums), jax.lax.optimization_barrier((d_hidden, d_table))
 
-    out = PartitionSpec(), (options.cut.vectors, options.cut.table)
+    out = PartitionSpec(), (options.cut.vectors, options.cut.table if learns else None)
     sums, gradients = _on_mesh(options, local, teacher, out)(hidden, table_VD, targets, weights, teacher)
     return _result(options, sums), gradients
 
@@ -188,13 +189,16 @@ def _all_sums(options: Options, sums: Sums) -> Sums:
     return {name: total(x, options.cut.copies) for name, x in sums.items()}
 
 
-def _backward(_options: Options, residuals: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, Sums]) -> tuple:
+def _backward(_options: Options, residuals: tuple[jax.Array, jax.Array | None], cotangents: tuple[Any, Sums]) -> tuple:
     d_loss, _ = cotangents
-    d_hidden, d_table = (d * d_loss.astype(d.dtype) for d in residuals)
+    if isinstance(d_loss, SymbolicZero):
+        return None, None, None, None, None
+    d_hidden, d_table = (None if d is None else d * d_loss.astype(d.dtype) for d in residuals)
     return d_hidden, d_table, None, None, None
 
 
-_losses.defvjp(_forward, _backward)
+# With symbolic zeros the forward pass is told what is differentiated by.
+_losses.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _sorted_rows(options: Options, hidden: jax.Array, targets: jax.Array, weights: jax.Array, teacher: Teacher) -> Rows:
