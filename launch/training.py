@@ -30,7 +30,7 @@ from gemma4_jax.train.parts import coverage
 from gemma4_jax.train.recorder import Recorder
 from gemma4_jax.train.state import TrainState
 from gemma4_jax.train.step import make_train_step
-from gemma4_jax.train.throughput import flops_per_token, peak_flops
+from gemma4_jax.train.throughput import flops_per_token, forward_flops, peak_flops
 from gemma4_jax.train.tracing import Tracer
 from launch import schema, watching
 from launch.adapting import load_base, with_adapters
@@ -148,7 +148,7 @@ def _train(
             recorder=recorder,
             meter=Meter(
                 run.train.steps,
-                flops_per_token(cfg, run.data.seq_len),
+                _model_flops(run, cfg, state, teacher),
                 peak_flops(1 if mesh is None else mesh.size),
                 started,
             ),
@@ -162,6 +162,13 @@ def _train(
     where = "" if workdir is None else f"; committed in {workdir / 'checkpoints'}"
     write(f"done: {run.train.steps} steps in {duration(time.perf_counter() - started)}{where}")
     return state
+
+
+def _model_flops(run: TrainRun, cfg: ModelConfig, state: TrainState, teacher: Transformer | None) -> float:
+    """Of one token, with the teacher's forward pass if there is one."""
+    trained = {name: x.size for name, x in state.params.items()}
+    taught = 0.0 if teacher is None else forward_flops(teacher.cfg, run.data.seq_len / 2)
+    return flops_per_token(cfg, run.data.seq_len, trained) + taught
 
 
 def _quantised(

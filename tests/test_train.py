@@ -1,6 +1,8 @@
 """Training: what moves, what decays, micro-batches, the log line, and what a step costs in memory."""
 
+import functools
 import json
+import math
 from typing import cast
 
 import jax
@@ -11,7 +13,9 @@ import pytest
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
-from gemma4_jax.model.parameters import arrays
+from gemma4_jax.model import lora
+from gemma4_jax.model.lora import LoraConfig
+from gemma4_jax.model.parameters import arrays, is_trainable, variables
 from gemma4_jax.model.transformer import Transformer, abstract, init
 from gemma4_jax.train.metrics import Meter, duration, si
 from gemma4_jax.train.optimizer import OptimConfig, decays, optimizer, schedule, trainable_names
@@ -195,6 +199,24 @@ def test_model_flops():
     dense_would_be = ModelConfig.variant("tiny_26b_a4b", vocab_size=512, top_k_experts=8)
     expert = 6 * 3 * sparse.hidden_size * sparse.moe_intermediate_size * sparse.num_hidden_layers
     assert flops_per_token(dense_would_be, 32) - flops_per_token(sparse, 32) == pytest.approx(6 * expert)
+
+
+def test_model_flops_of_what_is_frozen():
+    """By a count of products of one token: forward and input gradients of every matrix, weight gradients of the trained."""
+    cfg = ModelConfig.variant("tiny_26b_a4b", vocab_size=512)
+    attach = functools.partial(lora.attach, config=LoraConfig(targets=("attention", "experts"), rank=4))
+    names = {name: math.prod(v.shape) for name, v in variables(attach(abstract(cfg))).items() if is_trainable(v)}
+    of_base = {name: size for name, size in names.items() if lora.MARK not in name}
+    used = {name: size / 4 if ".experts." in name else size for name, size in names.items()}  # 2 of 8 are chosen
+    matrices = sum(size for name, size in used.items() if name.endswith(".w"))
+
+    assert flops_per_token(cfg, 32, of_base) == pytest.approx(flops_per_token(cfg, 32))
+    frozen = flops_per_token(cfg, 32, {})
+    assert flops_per_token(cfg, 32) - frozen == pytest.approx(2 * matrices)
+    assert flops_per_token(cfg, 32, {"own.full.mlp.up.w": 1000, "vision.x.w": 10**9}) - frozen == pytest.approx(2000)
+    of_adapters = sum(size for name, size in used.items() if lora.MARK in name)
+    only = {name: size for name, size in names.items() if lora.MARK in name}
+    assert flops_per_token(cfg, 32, only) - frozen == pytest.approx(6 * of_adapters)
 
 
 def test_recorder_drops_what_a_resumed_run_repeats(tmp_path):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.errors import UserError, did_you_mean
+from gemma4_jax.model import packing
 from gemma4_jax.model.gathering import own_dims
 from gemma4_jax.model.linear import Adapter, Weight
 from gemma4_jax.model.parameters import map_arrays, modules, variables
@@ -36,7 +37,8 @@ MARK = ".adapter."
 """In the name of every adapter's array, and of nothing else."""
 
 RANK = "lora_rank"
-_TEXT_PARTS = ("own.", "shared.", "per_layer.")
+TEXT_PARTS = ("own.", "shared.", "per_layer.")
+"""How names of the decoder's arrays begin, but for the token table and the last norm."""
 
 ROLES = {
     "attention": ("attention",),
@@ -102,7 +104,7 @@ def matched(model: nnx.Module, targets: Iterable[str]) -> dict[str, list[str]]:
       UserError: a target that is no name, or that names nothing of this model.
     """
     weights = {
-        path: module for path, module in modules(model) if isinstance(module, Weight) and path.startswith(_TEXT_PARTS)
+        path: module for path, module in modules(model) if isinstance(module, Weight) and path.startswith(TEXT_PARTS)
     }
     present = sorted({target for target in TARGETS if _named(weights, target)})
     found = {}
@@ -146,6 +148,13 @@ def attach(model: M, config: LoraConfig, seed: int = 0) -> M:
     shardings = None if place is None else {name: place(name, variable) for name, variable in new.items()}
     values = jax.jit(draw, out_shardings=shardings)(jax.random.key(seed))
     return map_arrays(lambda name, variable: values.get(name, variable.get_value()), made)
+
+
+def adapted_shapes(model: M, config: LoraConfig) -> M:
+    """What a run makes of a model, as shapes wherever they lie: the base as codes if it is to be, with adapters."""
+    if config.base is not None:
+        model = packing.packed(model, packing.grids_for(model, config.base))
+    return attach(model, config)
 
 
 def shaped(model: M, paths: Collection[str], config: LoraConfig) -> M:
