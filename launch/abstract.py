@@ -1,6 +1,7 @@
 """The programs of a run with shapes in place of arrays: what `task=plan` compiles, for devices that are not here."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from gemma4_jax.model.decode import unroll
 from gemma4_jax.model.gathering import own_dims
 from gemma4_jax.model.kv import CACHE_DIMS, Cache, empty_cache
 from gemma4_jax.model.layouts import CacheFormat
+from gemma4_jax.model.lora import LoraConfig, adapted_shapes
 from gemma4_jax.model.parameters import in_compute_dtype, map_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
 from gemma4_jax.quant import policy
@@ -43,6 +45,14 @@ def abstract_model(cfg: ModelConfig, mesh: Mesh, dtype: str, compute_dtype: str)
     return map_arrays(lambda name, v: Struct(v.shape, v.dtype, sharding=sharding(name, v)), model)
 
 
+def adapted(
+    model: Transformer, lora: LoraConfig, place: Callable[[str, nnx.Variable], jax.sharding.Sharding]
+) -> Transformer:
+    """What a run with adapters makes of a model of shapes, each array where `place` has it."""
+    new = adapted_shapes(model, lora)
+    return map_arrays(lambda name, v: Struct(v.shape, v.dtype, sharding=place(name, v)), new)
+
+
 def lowered_training(
     cfg: ModelConfig,
     mesh: Mesh,
@@ -54,16 +64,20 @@ def lowered_training(
     compute_dtype: str,
     remat: str,
     grad_accum: int,
-    quant: QuantConfig | None,
+    quant: QuantConfig | None = None,
+    lora: LoraConfig | None = None,
 ) -> jax.stages.Lowered:
-    """The optimizer step of SFT, or with `quant` of QAT, with its teacher if it has one."""
+    """The optimizer step of SFT; with `quant` of QAT, with its teacher if it has one; with `lora` of adapters alone."""
     model = abstract_model(cfg, mesh, dtype, compute_dtype)
     teacher = None
+    if lora is not None:
+        model = adapted(model, lora, parameter_shardings(mesh))
     if quant is not None:
         teacher = in_compute_dtype(model, compute_dtype) if quant.distill_weight else None
         model = policy.apply(model, quant)
     transform = optimizer(optim, steps=1000)
-    state = TrainState.abstract(model, transform, (*left_out(model, optim.train), *optim.freeze))
+    stays = () if lora is not None else left_out(model, optim.train)
+    state = TrainState.abstract(model, transform, (*stays, *optim.freeze))
     batch = {name: struct(mesh, dtype, ("batch", "length"), (rows, length)) for name, dtype in BATCH.items()}
     step = make_train_step(
         model,

@@ -84,13 +84,6 @@ def with_adapters(run: TrainRun, model: Transformer, write: Callable[[str], None
     return adapted
 
 
-def shapes(config: LoraConfig, model: Transformer) -> Transformer:
-    """What `load_base` and `with_adapters` make of a model, as shapes, wherever they lie."""
-    if config.base is not None:
-        model = packing.packed(model, packing.grids_for(model, config.base))
-    return lora.attach(model, config)
-
-
 def _placed(model: Transformer, mesh: Mesh | None) -> Transformer:
     """Arrays of the host's memory where they rest on the devices."""
     place = default_device if mesh is None else parameter_shardings(mesh)

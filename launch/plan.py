@@ -16,6 +16,7 @@ from gemma4_jax.errors import UserError
 from gemma4_jax.kernels.cross_entropy import loss_chunks
 from gemma4_jax.kernels.expert_routes import block_rows, largest_block
 from gemma4_jax.mesh_choice import decoding_axes, training_axes
+from gemma4_jax.model.lora import adapted_shapes
 from gemma4_jax.model.transformer import abstract as abstract_parameters
 from gemma4_jax.plan import absent, checks, costs, hlo, report
 from gemma4_jax.plan.estimate import alternatives, estimate, sweep
@@ -25,14 +26,14 @@ from gemma4_jax.plan.network import places_of
 from gemma4_jax.plan.roofline import Roofline, roofline
 from gemma4_jax.sharding import AXES, check_batch, make_mesh, shape_of
 from gemma4_jax.train.optimizer import OptimConfig
-from gemma4_jax.train.throughput import forward_flops
+from gemma4_jax.train.throughput import flops_per_token, forward_flops
 from launch import abstract
 from launch.models import model_config
 from launch.settings import PlanRun
 
 Write = Callable[[str], None]
 
-ARGUMENTS = ("parameters", "optimizer", "teacher", "caches", "batch")
+ARGUMENTS = ("parameters", "base", "adapters", "optimizer", "teacher", "caches", "batch")
 """Parts of `footprint` that a program gets; its other parts it makes."""
 
 
@@ -44,7 +45,8 @@ def run_plan(run: PlanRun, write: Write = print) -> None:
     job = _job(run, cfg, where)
     if run.plan.parameters:
         axes = AbstractMesh(job.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-        write(report.parameters(abstract_parameters(cfg, run.model.param_dtype), axes))
+        model = abstract_parameters(cfg, run.model.param_dtype)
+        write(report.parameters(model if job.lora is None else adapted_shapes(model, job.lora), axes))
     write(report.attention(job, where.chip.platform))
     if run.plan.mode == "estimate":
         _estimate(run, job, where, write)
@@ -71,15 +73,17 @@ def _job(run: PlanRun, cfg: ModelConfig, where: Topology) -> Job:
         grad_accum=plan.grad_accum,
         first_moment=plan.first_moment,
         teacher=plan.step == "qat" and run.quant.distill_weight > 0,
+        lora=run.lora if plan.step == "lora" else None,
     )
 
 
 def useful_flops(job: Job) -> float:
-    """Model FLOPs of one token of the step: of training three forward passes and the teacher's, of prefill no head."""
+    """Model FLOPs of one token of the step: of training those of the log line, teacher included; of prefill no head."""
     if job.program == "decode":
         return forward_flops(job.cfg, job.length)
-    passes = 3 + job.teacher if job.trains else 1
-    return passes * forward_flops(job.cfg, job.length / 2, head=job.trains)
+    if not job.trains:
+        return forward_flops(job.cfg, job.length / 2, head=False)
+    return flops_per_token(job.cfg, job.length, job.trained) + job.teacher * forward_flops(job.cfg, job.length / 2)
 
 
 def _estimate(run: PlanRun, job: Job, where: Topology, write: Write) -> None:
@@ -153,7 +157,8 @@ def _memory(job: Job, analysis: Any) -> dict[str, float]:
     parts["other arguments"] = analysis.argument_size_in_bytes - sum(parts.values())
     working = analysis.peak_memory_in_bytes - analysis.argument_size_in_bytes
     if job.trains:
-        parts["gradients"] = min(working, parts["parameters"] * 4 / job.param_bytes)
+        trained = parts["adapters"] if job.lora is not None else parts["parameters"] * 4 / job.param_bytes
+        parts["gradients"] = min(working, trained)
         working -= parts["gradients"]
     return {**parts, "activations and working memory": working}
 
@@ -227,4 +232,5 @@ def lower(run: PlanRun, cfg: ModelConfig, mesh: Mesh) -> jax.stages.Lowered:
         remat=plan.remat,
         grad_accum=plan.grad_accum,
         quant=run.quant if plan.step == "qat" else None,
+        lora=run.lora if plan.step == "lora" else None,
     )

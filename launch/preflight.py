@@ -19,8 +19,7 @@ from gemma4_jax.sharding import parameter_shardings
 from gemma4_jax.train.optimizer import optimizer
 from gemma4_jax.train.parts import left_out
 from gemma4_jax.train.state import TrainState
-from launch.abstract import Struct, abstract_model
-from launch.adapting import shapes
+from launch.abstract import Struct, abstract_model, adapted
 from launch.settings import QatRun, TrainRun
 
 GiB = 2**30
@@ -79,9 +78,7 @@ def _state(run: TrainRun, cfg: ModelConfig, mesh: Mesh | None) -> TrainState:
             abstract(cfg, run.model.param_dtype, compute_dtype=run.model.dtype),
         )
     if run.lora is not None:
-        adapted = shapes(run.lora, model)
-        place = default_device if mesh is None else parameter_shardings(mesh)
-        model = map_arrays(lambda name, v: Struct(v.shape, v.dtype, sharding=place(name, v)), adapted)
+        model = adapted(model, run.lora, default_device if mesh is None else parameter_shardings(mesh))
     return TrainState.abstract(model, optimizer(run.optim, run.train.steps), frozen(run, model))
 
 

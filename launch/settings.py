@@ -251,16 +251,16 @@ class PlanConfig:
     topology: str = option(
         "v6e:4x4", "devices to plan for, a chip and a shape: v5e:2x4, v6e:8x8, v5p:4x4x4, tpu7x:2x2x1, h100:8"
     )
-    step: Literal["sft", "qat", "prefill", "decode"] = option("sft", "which program")
+    step: Literal["sft", "qat", "lora", "prefill", "decode"] = option("sft", "which program")
     mode: Literal["compile", "estimate"] = option(
         "compile",
         "compile it (minutes, exact) or estimate it and rank meshes and batches (seconds, rough)",
     )
     batch_size: int = option(16, "sequences at a time, over all devices")
     seq_len: int = option(4096, "tokens of a sequence; of decode, slots of the cache")
-    remat: Remat = option("full", "as train.remat, for sft and qat")
-    grad_accum: int = option(1, "as train.grad_accum, for sft and qat")
-    first_moment: Literal["float32", "bfloat16"] = option("float32", "as optim.first_moment, for sft and qat")
+    remat: Remat = option("full", "as train.remat, for sft, qat and lora")
+    grad_accum: int = option(1, "as train.grad_accum, for sft, qat and lora")
+    first_moment: Literal["float32", "bfloat16"] = option("float32", "as optim.first_moment, for sft, qat and lora")
     headroom: float = option(0.0, "share of the memory to leave free")
     parameters: bool = option(False, "list every parameter: how it is cut, and its bytes on a device")
     output: str | None = option(None, "JSON file for the numbers")
@@ -292,10 +292,13 @@ class PlanRun(Run):
     mesh: MeshConfig = option(factory=MeshConfig, help="how devices share the work; none: chosen")
     plan: PlanConfig = option(factory=PlanConfig, help="which step on which devices")
     quant: QuantConfig = option(factory=QuantConfig, help="policy and teacher of plan.step=qat")
+    lora: LoraConfig = option(factory=LoraConfig, help="adapters and base of plan.step=lora")
 
     def __post_init__(self):
         if self.plan.step != "qat" and self.quant != QuantConfig():
             raise UserError(f"config.quant belongs to plan.step=qat; plan.step={self.plan.step} does not read it.")
+        if self.plan.step != "lora" and self.lora != LoraConfig():
+            raise UserError(f"config.lora belongs to plan.step=lora; plan.step={self.plan.step} does not read it.")
 
 
 TASKS: dict[str, type[Run]] = {

@@ -10,7 +10,7 @@ from gemma4_jax.kernels.cross_entropy import MESH_CHUNK, MESH_CHUNK_BYTES, defau
 from gemma4_jax.kernels.expert_routes import ROOM, largest_block
 from gemma4_jax.kernels.vocabulary import PART_BYTES
 from gemma4_jax.plan.job import BYTES, Job
-from gemma4_jax.plan.shares import cache_bytes, gathered_bytes, resting_bytes, tiled_bytes
+from gemma4_jax.plan.shares import cache_bytes, gathered_bytes, moment_bytes, resting_bytes, tiled_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,9 @@ SAVED = {
 }
 """remat policy -> what it keeps of each layer beside the layer's input."""
 
+PER_LAYER_INPUTS = ("per_layer.table.w", "per_layer.projection.w", "per_layer.projection.adapter.a")
+"""What a gradient of the per-layer inputs is made for."""
+
 
 def footprint(job: Job, constants: Constants = CONSTANTS) -> dict[str, float]:
     """Bytes by name: arguments, then the temporaries of the worst moment. Their sum is the compiler's peak."""
@@ -52,16 +55,22 @@ def footprint(job: Job, constants: Constants = CONSTANTS) -> dict[str, float]:
 
 
 def _arguments(job: Job) -> dict[str, float]:
-    def resting(itemsize: int, trained_only: bool = False) -> float:
-        return resting_bytes(job.cfg, job.sizes, itemsize, trained_only)
+    def resting(itemsize: int, trained: bool | None = None) -> float:
+        return resting_bytes(job.cfg, job.sizes, itemsize, trained, job.lora)
+
+    def beside(itemsize: int) -> float:
+        return moment_bytes(job.cfg, job.sizes, itemsize, job.lora)
 
     if job.program == "decode":  # nothing is gathered for one token
         parts = {"parameters": float(sum(s.layers * tiled_bytes(s.used, job.param_bytes) for s in job.shares))}
         parts["caches"] = cache_bytes(job.cfg, job.sizes, job.rows, job.length, job.compute_bytes)
         return parts
-    parts = {"parameters": resting(job.param_bytes)}
+    if job.lora is None:
+        parts = {"parameters": resting(job.param_bytes)}
+    else:
+        parts = {"base": resting(job.param_bytes, False), "adapters": resting(4, True)}
     if job.trains:
-        parts["optimizer"] = resting(BYTES[job.first_moment], True) + resting(4, True)
+        parts["optimizer"] = beside(BYTES[job.first_moment]) + beside(4)
         if job.teacher:
             parts["teacher"] = resting(job.compute_bytes)
     else:
@@ -77,7 +86,8 @@ def _training(job: Job, c: Constants) -> list[dict[str, float]]:
     kept = {"layer inputs": 0.0 if job.remat == "offload" else float(job.cfg.num_hidden_layers * hidden)}
     kept["saved of layers"] = float(sum(n * _saved(job, c, stack, kind) for stack, kind, n in job.layer_kinds))
     if job.per_layer_width:
-        kept["per-layer inputs"] = 2.0 * job.tokens * job.per_layer_width * job.compute_bytes
+        copies = 1.0 + any(job.moves(name) for name in PER_LAYER_INPUTS)  # with its gradient
+        kept["per-layer inputs"] = copies * job.tokens * job.per_layer_width * job.compute_bytes
     if job.cfg.num_kv_shared_layers:
         kept["shared keys and values"] = 2.0 * sum(_keys(job, kind) for kind in ("sliding", "full"))
     # The table's gradient is made with the loss. With gradient accumulation the layers' gradients are there throughout, once
@@ -86,7 +96,7 @@ def _training(job: Job, c: Constants) -> list[dict[str, float]]:
     for share in job.shares:
         of_layers[share.is_table] += 4.0 * share.elements * share.trainable
     summed = {"summed gradients": of_layers[True]} if job.grad_accum > 1 else {}
-    table_gradient = 4.0 * table
+    table_gradient = 4.0 * table * job.moves("embed.w")
     moments = [
         {**summed, **kept, "gradients": table_gradient + of_layers[False] * (job.grad_accum > 1), **_loss(job, c)},
         {**summed, "gradients": of_layers[True] + of_layers[False] + table_gradient, **_lookup(job, c)},
@@ -120,7 +130,7 @@ def _inference(job: Job, c: Constants) -> list[dict[str, float]]:
 
 
 def _gathered(job: Job, stack: Stack, kind: LayerKind) -> float:
-    return gathered_bytes(job.cfg, job.sizes, f"{stack.name}.{kind}", job.compute_bytes)
+    return gathered_bytes(job.cfg, job.sizes, f"{stack.name}.{kind}", job.compute_bytes, job.lora)
 
 
 def _keys(job: Job, kind: LayerKind) -> float:

@@ -5,10 +5,11 @@ import functools
 from typing import Literal
 
 from gemma4_jax.config import KINDS, LayerKind, ModelConfig, Stack
+from gemma4_jax.model.lora import LoraConfig
 from gemma4_jax.plan.shares import Share, Sizes, along, of_layers, shares
 from gemma4_jax.sharding import ACTIVATIONS, VOCABULARY
 
-Program = Literal["sft", "qat", "prefill", "decode"]
+Program = Literal["sft", "qat", "lora", "prefill", "decode"]
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -28,11 +29,12 @@ class Job:
     grad_accum: int = 1
     first_moment: str = "float32"
     teacher: bool = False
+    lora: LoraConfig | None = None
 
     @property
     def trains(self) -> bool:
         """Whether there is a backward pass."""
-        return self.program in ("sft", "qat")
+        return self.program in ("sft", "qat", "lora")
 
     @property
     def compute_bytes(self) -> int:
@@ -55,7 +57,17 @@ class Job:
     @functools.cached_property
     def shares(self) -> tuple[Share, ...]:
         """Every parameter's share."""
-        return shares(self.cfg, self.sizes)
+        return shares(self.cfg, self.sizes, self.lora)
+
+    @functools.cached_property
+    def trained(self) -> dict[str, int]:
+        """Sizes of the parameters that move, of the whole model, by name."""
+        whole = shares(self.cfg, (1,) * len(self.sizes), self.lora)
+        return {share.name: share.elements for share in whole if share.trainable and self.trains}
+
+    def moves(self, name: str) -> bool:
+        """Whether a parameter is trained."""
+        return name in self.trained
 
     def devices(self, *axes: str) -> int:
         """Devices along axes; all without arguments."""
@@ -117,7 +129,7 @@ class Job:
 
     def of_layer(self, stack: Stack, kind: LayerKind) -> tuple[Share, ...]:
         """The parameters of one kind of layer."""
-        return of_layers(self.cfg, self.sizes)[f"{stack.name}.{kind}"]
+        return of_layers(self.cfg, self.sizes, self.lora)[f"{stack.name}.{kind}"]
 
     @property
     def experts_route(self) -> str:

@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import PartitionSpec
@@ -12,8 +13,11 @@ from jax.sharding import PartitionSpec
 from gemma4_jax.config import KINDS, ModelConfig
 from gemma4_jax.model.kv import CACHE_DIMS, owner_kinds, slots
 from gemma4_jax.model.layouts import CacheFormat, widths
-from gemma4_jax.model.parameters import is_trainable, variables
+from gemma4_jax.model.linear import Weight
+from gemma4_jax.model.lora import MARK, LoraConfig, adapted_shapes
+from gemma4_jax.model.parameters import is_trainable, modules, variables
 from gemma4_jax.model.transformer import abstract
+from gemma4_jax.quant.packed import Packed
 from gemma4_jax.sharding import AXES, NEVER_CUT, activation_spec, axes_in, stored_spec, use_spec
 
 Sizes = tuple[int, ...]
@@ -44,7 +48,7 @@ def tiled_bytes(shape: Sequence[int], itemsize: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """One parameter. `layers` is how many layers it is stacked over; 1 for those outside of the stacks."""
+    """One array of the model. `layers` is how many layers it is stacked over; 1 for those outside of the stacks."""
 
     name: str
     trainable: bool
@@ -53,6 +57,8 @@ class Share:
     used: tuple[int, ...]  # of one layer, as it is multiplied with
     gathered_over: tuple[str, ...]  # axes it is gathered over for use
     stored_over: tuple[str, ...]  # all axes that cut it at rest
+    itemsize: int | None = None  # bytes of a number whose dtype is its own (adapters, codes); None: the parameters'
+    per_byte: int = 0  # codes in a byte; 0: numbers. `stored` has the bytes then, `used` the decoded weight
 
     @functools.cached_property
     def elements(self) -> int:
@@ -69,63 +75,111 @@ class Share:
         """own.sliding, own.full, shared.sliding, shared.full, or nothing."""
         return ".".join(self.name.split(".")[:2]) if self.name.startswith(("own.", "shared.")) else ""
 
+    def sent_bytes(self, itemsize: int) -> float:
+        """Of one layer, when it is gathered for use in numbers of `itemsize` bytes: codes travel as they are."""
+        return self.used_elements / self.per_byte if self.per_byte else float(self.used_elements * itemsize)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is half of an adapter."""
+        return MARK in self.name
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether rows of tokens are multiplied with it."""
+        return self.name.endswith(".w") or self.is_adapter
+
     @property
     def is_table(self) -> bool:
         """Cut by rows of the vocabulary and never gathered."""
         return self.name in ("embed.w", "per_layer.table.w")
 
 
+class _Array(NamedTuple):
+    """Of the whole model. `bytes_dim`: the dim along which `per_byte` codes lie in a byte."""
+
+    name: str
+    trainable: bool
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    itemsize: int | None
+    per_byte: int = 0
+    bytes_dim: int = 0
+
+
 @functools.lru_cache(maxsize=8)
-def _parameters(cfg: ModelConfig) -> tuple[tuple[str, bool, tuple[str, ...], tuple[int, ...]], ...]:
-    found = variables(abstract(cfg)).items()
-    return tuple((name, is_trainable(v), tuple(v.dims), tuple(v.get_value().shape)) for name, v in found)
+def _arrays(cfg: ModelConfig, lora: LoraConfig | None) -> tuple[_Array, ...]:
+    model = abstract(cfg) if lora is None else adapted_shapes(abstract(cfg), lora)
+    weights = {path: module for path, module in modules(model) if isinstance(module, Weight)}
+    found = []
+    for name, v in variables(model).items():
+        trainable = is_trainable(v) if lora is None else MARK in name
+        own = v.dtype.itemsize if v.get_metadata().get("exact") else None
+        path, _, last = name.rpartition(".")
+        coded = weights[path].packed if last == "w" and path in weights else None
+        where = (coded.per_byte, v.get_value().ndim - weights[path].n_out - 1) if isinstance(coded, Packed) else ()
+        found.append(_Array(name, trainable, tuple(v.dims), tuple(v.get_value().shape), own, *where))
+    return tuple(found)
 
 
 @functools.lru_cache(maxsize=2048)
-def shares(cfg: ModelConfig, sizes: Sizes) -> tuple[Share, ...]:
-    """Every parameter's share on a mesh."""
+def shares(cfg: ModelConfig, sizes: Sizes, lora: LoraConfig | None = None) -> tuple[Share, ...]:
+    """Every array's share on a mesh; with `lora` those of the adapters and of the base that they are trained beside."""
     mesh = _mesh(sizes)
     found = []
-    for name, trainable, dims, shape in _parameters(cfg):
+    for name, trainable, dims, shape, itemsize, per_byte, bytes_dim in _arrays(cfg, lora):
         stacked = sum(dim in NEVER_CUT[:2] for dim in dims)
         stored, used = stored_spec(mesh, dims, shape), use_spec(mesh, dims, shape)
         of_use = {axis for entry in used for axis in axes_in(entry)}
         of_rest = [axis for entry in stored for axis in axes_in(entry)]
+        in_use = list(local(shape, used, sizes))
+        if per_byte:
+            in_use[bytes_dim] *= per_byte
         found.append(
             Share(
                 name,
                 trainable,
                 math.prod(shape[:stacked]),
                 local(shape, stored, sizes),
-                local(shape, used, sizes)[stacked:],
+                tuple(in_use[stacked:]),
                 tuple(axis for axis in of_rest if axis not in of_use),
                 tuple(of_rest),
+                itemsize,
+                per_byte,
             )
         )
     return tuple(found)
 
 
 @functools.lru_cache(maxsize=2048)
-def of_layers(cfg: ModelConfig, sizes: Sizes) -> Mapping[str, tuple[Share, ...]]:
+def of_layers(cfg: ModelConfig, sizes: Sizes, lora: LoraConfig | None = None) -> Mapping[str, tuple[Share, ...]]:
     """own.sliding, own.full, ... -> the parameters of that kind of layer."""
     found: dict[str, tuple[Share, ...]] = {}
-    for share in shares(cfg, sizes):
+    for share in shares(cfg, sizes, lora):
         if share.in_stack:
             found[share.in_stack] = (*found.get(share.in_stack, ()), share)
     return found
 
 
 @functools.lru_cache(maxsize=2048)
-def resting_bytes(cfg: ModelConfig, sizes: Sizes, itemsize: int, trained_only: bool = False) -> float:
-    """All parameters at rest, or those that are trained."""
-    chosen = (share for share in shares(cfg, sizes) if share.trainable or not trained_only)
-    return float(sum(tiled_bytes(share.stored, itemsize) for share in chosen))
+def resting_bytes(
+    cfg: ModelConfig, sizes: Sizes, itemsize: int, trained: bool | None = None, lora: LoraConfig | None = None
+) -> float:
+    """All parameters at rest, or those that are trained, or those that are not."""
+    chosen = (share for share in shares(cfg, sizes, lora) if trained is None or share.trainable == trained)
+    return float(sum(tiled_bytes(share.stored, share.itemsize or itemsize) for share in chosen))
 
 
 @functools.lru_cache(maxsize=2048)
-def gathered_bytes(cfg: ModelConfig, sizes: Sizes, layer: str, itemsize: int) -> float:
-    """One layer's weights as they are used, where they have to be gathered for it."""
-    chosen = (share for share in of_layers(cfg, sizes)[layer] if share.gathered_over)
+def moment_bytes(cfg: ModelConfig, sizes: Sizes, itemsize: int, lora: LoraConfig | None = None) -> float:
+    """A number of `itemsize` bytes beside each one that is trained."""
+    return float(sum(tiled_bytes(share.stored, itemsize) for share in shares(cfg, sizes, lora) if share.trainable))
+
+
+@functools.lru_cache(maxsize=2048)
+def gathered_bytes(cfg: ModelConfig, sizes: Sizes, layer: str, itemsize: int, lora: LoraConfig | None = None) -> float:
+    """One layer's weights as they are used, where they have to be gathered or decoded for it."""
+    chosen = (share for share in of_layers(cfg, sizes, lora)[layer] if share.gathered_over or share.per_byte)
     return float(sum(tiled_bytes(share.used, itemsize) for share in chosen))
 
 

@@ -15,8 +15,9 @@ from gemma4_jax.kernels.expert_routes import ROOM
 from gemma4_jax.model.attend import BALANCE_FROM
 from gemma4_jax.model.kv import slots
 from gemma4_jax.plan.costs import Collective, Totals
+from gemma4_jax.plan.footprint import PER_LAYER_INPUTS
 from gemma4_jax.plan.job import BYTES, Job
-from gemma4_jax.plan.shares import cache_bytes, device_groups
+from gemma4_jax.plan.shares import Share, cache_bytes, device_groups
 from gemma4_jax.sharding import ACTIVATIONS, AXES, VOCABULARY
 
 
@@ -79,6 +80,7 @@ def workload(job: Job, visits: Visits = VISITS) -> Totals:
         _attention(work, stack, kind, layers)
         _activations(work, visits, stack, kind, layers)
         _experts(work, visits, layers)
+    _sums(work)
     _vocabulary(work, visits)
     total = work.totals(job.grad_accum)
     if job.trains:
@@ -96,6 +98,11 @@ def forwards(job: Job) -> float:
     return 3.0 + PASSES[job.remat] if job.trains else 1.0
 
 
+def _products(job: Job, share: Share) -> float:
+    """Passes of rows through one matrix: without its own gradient where it is frozen."""
+    return forwards(job) - (job.trains and not share.trainable)
+
+
 def _rereads(job: Job) -> float:
     """Passes that gather weights and read them: forward, and with the backward pass."""
     return 2.0 if job.trains else 1.0
@@ -105,16 +112,16 @@ def _weights(work: _Work, stack: Stack, kind: LayerKind, layers: int) -> None:
     """Products with the weights of one kind of layer, and the weights' own way."""
     job = work.job
     for share in job.of_layer(stack, kind):
-        if ".w" not in share.name:
+        if not share.is_matrix:
             continue
         elements = share.used_elements * layers
         size = float(share.used_elements * job.compute_bytes)
         if ".experts." not in share.name:
-            work.flops += 2.0 * job.tokens * elements * forwards(job)
+            work.flops += 2.0 * job.tokens * elements * _products(job, share)
         if job.program == "decode":
             continue
         if share.gathered_over:
-            work.send("all-gather", share.gathered_over, size, layers * _rereads(job))
+            work.send("all-gather", share.gathered_over, share.sent_bytes(job.compute_bytes), layers * _rereads(job))
         work.bytes += layers * size * (2 * _rereads(job) + job.trains)  # written when gathered, read by each product
         if not (job.trains and share.trainable):
             continue
@@ -205,7 +212,8 @@ def _experts(work: _Work, visits: Visits, layers: int) -> None:
         return
     inner = cfg.moe_intermediate_size / job.devices("tensor")
     rows = job.tokens * cfg.top_k_experts
-    again = forwards(job) + (route != "whole" and job.trains)  # their inner product runs once more, see kernels.experts
+    passes = forwards(job) - (job.lora is not None and not _adapted_experts(job))
+    again = passes + (route != "whole" and job.trains)  # their inner product runs once more, see kernels.experts
     work.flops += layers * rows * 6.0 * cfg.hidden_size * inner * again
     work.bytes += (
         layers * rows * (visits.expert_rows * cfg.hidden_size + visits.ffw * inner) * job.compute_bytes * again
@@ -221,19 +229,40 @@ def _experts(work: _Work, visits: Visits, layers: int) -> None:
         work.send("all-to-all", axes, size, layers * (2 * forward + 3 * job.trains))
 
 
+def _adapted_experts(job: Job) -> list[Share]:
+    """The weights of experts that adapters are added to."""
+    return [share for share in job.shares if ".experts." in share.name and job.moves(_beside(share))]
+
+
+def _sums(work: _Work) -> None:
+    """A B for each matrix of experts that has an adapter, and two products as large for the gradients of A and of B."""
+    job = work.job
+    for share in _adapted_experts(job):
+        assert job.lora is not None
+        # Made where the weight rests, of codes where it is used.
+        size = share.layers * share.used_elements if share.per_byte else share.elements
+        work.flops += 2.0 * job.lora.rank * size * forwards(job)
+
+
+def _beside(share: Share) -> str:
+    """Name of the adapter's array that a weight with an adapter has."""
+    return share.name.removesuffix(".w") + ".adapter.a"
+
+
 def _vocabulary(work: _Work, visits: Visits) -> None:
     """Lookup, per-layer inputs, head and loss."""
     job, cfg = work.job, work.job.cfg
     width = cfg.hidden_size
     if job.per_layer_width:
-        work.flops += 2.0 * job.tokens * width * job.per_layer_width * (3 if job.trains else 1)
-        work.bytes += 6.0 * job.tokens * job.per_layer_width * job.compute_bytes * (3 if job.trains else 1)
+        passes = 3 if any(job.moves(name) for name in PER_LAYER_INPUTS) else 1
+        work.flops += 2.0 * job.tokens * width * job.per_layer_width * passes
+        work.bytes += 6.0 * job.tokens * job.per_layer_width * job.compute_bytes * passes
     holders = job.devices(*VOCABULARY)
     rows = job.tokens * (width + job.per_layer_width) * job.compute_bytes
     if holders > 1:
         # Rows sent per token in `kernels.vocabulary`: 1.5 on 8 devices, 1.75 on 16, 2.5 on 64.
         sent = 0.75 + 0.25 * math.log2(holders)
-        work.send("all-to-all", VOCABULARY, rows * sent * holders / (holders - 1), 2.0 if job.trains else 1.0)
+        work.send("all-to-all", VOCABULARY, rows * sent * holders / (holders - 1), 1.0 + job.moves("embed.w"))
     if not job.trains:
         logits = 2.0 * job.local_rows * job.devices("fsdp", "expert") * job.vocabulary
         work.flops += logits * width
@@ -242,9 +271,10 @@ def _vocabulary(work: _Work, visits: Visits) -> None:
         return
     copies = 2 if job.teacher else 1
     together = job.tokens * job.sharers  # tokens that a device multiplies by its rows
-    work.flops += 2.0 * together * job.vocabulary * width * (3 + copies - 1)
+    learns = job.moves("embed.w")
+    work.flops += 2.0 * together * job.vocabulary * width * (2 + learns + copies - 1)
     chunks = max(1.0, together / 2048)
-    work.bytes += chunks * job.vocabulary * width * (8 + 2 * copies * job.compute_bytes)
+    work.bytes += chunks * job.vocabulary * width * (8 * learns + 2 * copies * job.compute_bytes)
     work.bytes += visits.logits * copies * together * job.vocabulary * 4
     shared = ("fsdp", "expert", "context")
     hidden = float(together * width * job.compute_bytes)
@@ -265,10 +295,13 @@ def _teacher(work: _Work) -> None:
 
 def _update_bytes(job: Job) -> float:
     """Gradients written, read for the norm and again; parameters and moments read and written."""
-    numbers = sum(share.elements for share in job.shares if share.trainable)
-    at_rest = sum(share.elements for share in job.shares) * job.param_bytes  # read by each pass before it is gathered
+    at_rest = sum(
+        share.elements * (share.itemsize or job.param_bytes) for share in job.shares
+    )  # read before it is gathered
     moments = BYTES[job.first_moment] + 4
-    return float(numbers * (4 * 4 + 2 * job.param_bytes + 2 * moments) + 2 * at_rest * job.grad_accum)
+    trained = [share for share in job.shares if share.trainable]
+    moved = sum(share.elements * (4 * 4 + 2 * (share.itemsize or job.param_bytes) + 2 * moments) for share in trained)
+    return float(moved + 2 * at_rest * job.grad_accum)
 
 
 def _decoded_bytes(job: Job) -> float:
