@@ -89,8 +89,9 @@ class Weight(nnx.Module):
     """A matrix [*stack, *inputs, *outputs] that knows which dims are contracted.
 
     `role` is the name quantisation policies and adapters use for it. `grid`, `activations` and the scales (of blocks:
-    learned; of inputs and outputs: calibrated) are set by a policy, never here; `adapter`, and `packed` with its scales, by
-    `model.lora`: then `w` holds codes, several in a byte along the last input dim, and `packed_scale` [*stack, blocks, *outputs].
+    learned; of inputs and outputs: calibrated) are set by a policy, never here; `adapter` by `model.lora`; `packed` with its
+    scales by `model.packing`: then `w` holds codes, several in a byte along the last input dim, and `packed_scale` is [*stack,
+    blocks, *outputs].
     """
 
     adapts_beside = False

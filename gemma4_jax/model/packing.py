@@ -1,4 +1,4 @@
-"""A model whose linear maps and experts are held as codes: the base of QLoRA, a quarter of the bytes of bfloat16."""
+"""A model whose linear maps and experts are held as codes, a quarter of the bytes of bfloat16: for sampling, and as QLoRA's base."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -36,8 +36,7 @@ def packed(model: M, grids: Mapping[str, str], *, consume: bool = False) -> M:
     """The model with the weights at these paths as codes; they have no grid any more, tables keep theirs. Arrays may be abstract.
 
     A weight that lies on that grid already, with learned scales or not, keeps its codes; an adapter it has is in them, and gone.
-    With `consume` a weight's array is
-    deleted once its codes exist, so that not all exist twice.
+    With `consume` a weight's array is deleted once its codes exist, so that not all exist twice.
 
     Raises:
       UserError: a path that is no weight here, or a weight whose codes do not fill bytes.
@@ -101,11 +100,7 @@ def _codes(module: Weight, form: Packed) -> tuple[jax.Array, jax.Array]:
     codes, scale = module.encoded()
     w = module.w.get_value()
     cut, end = w.ndim - module.n_in - module.n_out, w.ndim - module.n_out
-    if w.shape[end - 1] % form.per_byte:
-        raise UserError(
-            f"{form.name} has {form.per_byte} codes in a byte, which {w.shape[end - 1]} codes of a weight do not fill; choose a "
-            "policy of 8 bits for lora.base."
-        )
+    form.check(w.shape[end - 1])
     small = (*w.shape[: end - 1], w.shape[end - 1] // form.per_byte, *w.shape[end:])
     return form.pack(codes, -2).reshape(small), scale.reshape(*w.shape[:cut], -1, *w.shape[end:])
 

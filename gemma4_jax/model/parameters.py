@@ -37,6 +37,11 @@ def with_arrays(model: M, new: Mapping[str, Any]) -> M:
     return map_arrays(lambda name, _: new[name], model)
 
 
+def inside(module: str, of_model: Mapping[str, Any]) -> dict[str, Any]:
+    """Of values by name those that lie in this module, by their names in it."""
+    return {name.removeprefix(f"{module}."): x for name, x in of_model.items() if name.startswith(f"{module}.")}
+
+
 def in_compute_dtype(model: M, dtype: str) -> M:
     """The model with its weights stored as its layers use them, arrays abstract or not: half the memory, the same numbers.
 

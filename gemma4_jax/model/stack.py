@@ -1,6 +1,6 @@
 """A stack of equal blocks, scanned: inside a block first the sliding layers, then the full one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from gemma4_jax.model.gathering import gathered
 from gemma4_jax.model.kv import KV
 from gemma4_jax.model.layer import Layer
 from gemma4_jax.model.moe import ExpertLoad
+from gemma4_jax.model.parameters import inside
 from gemma4_jax.model.tally import Tally, linked, settled
 from gemma4_jax.sharding import constrain
 
@@ -45,11 +46,6 @@ class Kept(NamedTuple):
 
     collected: Any
     load: ExpertLoad | None
-
-
-def part(of_stack: Mapping[str, jax.Array], kind: LayerKind) -> dict[str, jax.Array]:
-    """The arrays of one kind of layer, by their names in it."""
-    return {name.removeprefix(f"{kind}."): x for name, x in of_stack.items() if name.startswith(f"{kind}.")}
 
 
 class LayerStack(nnx.Module):
@@ -135,12 +131,12 @@ class LayerStack(nnx.Module):
         if per_layer_LBTP is not None:
             inputs = per_layer_LBTP.reshape(plan.blocks, plan.block_size, *per_layer_LBTP.shape[1:])
             sliding_inputs, full_inputs = inputs[:, :-1], inputs[:, -1]
-        rows = None if self.tally is None else tuple(part(self.tally.zeros, kind) for kind in ("sliding", "full"))
+        rows = None if self.tally is None else tuple(inside(kind, self.tally.zeros) for kind in ("sliding", "full"))
         start = (h_BTD, *self._nothing_yet(h_BTD, hand_on), rows)
         xs = (self.sliding, self.full, sliding_inputs, full_inputs, self._indices())
         (h, handed_sliding, handed_full, rows), kept = jax.lax.scan(block_step, start, xs)
         if self.tally is not None:
-            h = settled(h, rows, tuple(part(self.tally.totals, kind) for kind in ("sliding", "full")))
+            h = settled(h, rows, tuple(inside(kind, self.tally.totals) for kind in ("sliding", "full")))
         if handed_sliding is None or handed_full is None:
             return h, None, kept
         return h, {"sliding": handed_sliding, "full": handed_full}, kept

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from flax import nnx
 
-from gemma4_jax.model.parameters import arrays, with_arrays
+from gemma4_jax.model.parameters import arrays, inside, with_arrays
 
 M = TypeVar("M", bound=nnx.Module)
 Arrays = Mapping[str, jax.Array]
@@ -80,9 +80,5 @@ def tallied(model: M, zeros: Arrays, totals: Arrays) -> M:
     new: Any = jax.tree.map(lambda x: x, model)
     for name in STACKS:
         if (stack := getattr(new, name)) is not None:
-            own = (
-                {key.removeprefix(f"{name}."): x for key, x in part.items() if key.startswith(f"{name}.")}
-                for part in (zeros, totals)
-            )
-            stack.tally = Tally(*own)
+            stack.tally = Tally(inside(name, zeros), inside(name, totals))
     return new

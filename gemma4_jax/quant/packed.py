@@ -1,4 +1,4 @@
-"""Codes of a grid as they stay in memory: several in a byte, for a base that is not trained (QLoRA).
+"""Codes of a grid as they stay in memory, several in a byte, where they are not trained: to sample from, and as QLoRA's base.
 
 The same bits as in compressed-tensors and mobile files: the first code in the lowest bits, each stored as code + 2^(bits - 1).
 """
@@ -28,14 +28,18 @@ class Packed:
         """Codes in a byte: 4, 2 or 1."""
         return 8 // self.grid.code_bits
 
+    def check(self, count: int) -> None:
+        """UserError unless `count` codes in a row fill whole bytes."""
+        if count % self.per_byte:
+            raise UserError(
+                f"{self.name} has {self.per_byte} codes in a byte, which {count} codes of a weight do not fill: hold it in 8 "
+                "bits (lora.base=int8), or in float (lora.base=none, sample.packed=false)."
+            )
+
     def pack(self, codes: jax.Array, axis: int) -> jax.Array:
         """int8 codes to uint8, `per_byte` times shorter along `axis`. UserError where they do not fill whole bytes."""
         bits, count, axis = self.grid.code_bits, self.per_byte, axis % codes.ndim
-        if codes.shape[axis] % count:
-            raise UserError(
-                f"{self.name} has {count} codes in a byte, which {codes.shape[axis]} codes along axis {axis} do not fill; "
-                "choose a grid of 8 bits."
-            )
+        self.check(codes.shape[axis])
         # XOR of the highest bit adds 2^(bits - 1) to a number in two's complement.
         stored = (codes.astype(jnp.uint8) & jnp.uint8((1 << bits) - 1)) ^ jnp.uint8(1 << (bits - 1))
         parts = jnp.moveaxis(stored.reshape(*codes.shape[:axis], -1, count, *codes.shape[axis + 1 :]), axis + 1, 0)
