@@ -1,4 +1,4 @@
-"""A model whose linear maps and experts are held as codes, a quarter of the bytes of bfloat16: for sampling, and as QLoRA's base."""
+"""A model whose linear maps and experts are held as codes, a quarter of the bytes of bfloat16: to sample from, and for QLoRA."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
