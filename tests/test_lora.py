@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model import lora, packing
 from gemma4_jax.model.lora import LoraConfig
-from gemma4_jax.model.parameters import arrays, map_arrays, variables, with_arrays
+from gemma4_jax.model.parameters import arrays, is_trainable, map_arrays, variables, with_arrays
 from gemma4_jax.model.transformer import Transformer, abstract, init
 from gemma4_jax.quant import policy
 from gemma4_jax.sharding import make_mesh, parameter_shardings, place_batch
@@ -210,6 +211,41 @@ def test_adapters_on_a_mesh_are_those_of_one_device(base):
     assert got == pytest.approx(loss, rel=1e-4)
     for name, value in wanted.items():
         assert np.linalg.norm(found[name] - value) <= 1e-3 * np.linalg.norm(value) + 1e-6, name
+
+
+def test_on_a_mesh_frozen_weights_get_no_gradient():
+    """Counted before any compiler: differentiating by all of a model takes one product more for each of its matrices.
+
+    A barrier over all arrays of a layer (`gathering.gathered`) has a derivative for all: then the difference is 1, the table.
+    """
+    cfg = ModelConfig.variant("tiny_31b", **MOE)
+    model = lora.adapted_shapes(abstract(cfg), LoraConfig(rank=4))
+    held = arrays(model)
+    trainable = {name for name, v in variables(model).items() if is_trainable(v)}
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch_of(8).items()}
+
+    def products(moving: set[str]) -> int:
+        def gradient(free, rest, batch):
+            loss = lambda free: loss_sum(with_arrays(model, {**free, **rest}), batch, remat="full")[0]  # noqa: E731
+            return jax.grad(loss)(free)
+
+        parts = [{n: x for n, x in held.items() if (n in moving) == moves} for moves in (True, False)]
+        return count_products(jax.make_jaxpr(gradient)(*parts, batch).jaxpr)
+
+    with jax.set_mesh(make_mesh({"fsdp": 8})):
+        more = products(trainable) - products(set(lora.adapters(model)))
+    assert more == sum(name.endswith(".w") for name in trainable)
+
+
+def count_products(jaxpr: Any) -> int:
+    """Matrix products of a traced program, those inside of loops once."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name == "dot_general"
+        inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+        inner = [getattr(x, "jaxpr", x) for x in inner]
+        count += sum(count_products(x) for x in inner if hasattr(x, "eqns"))
+    return count
 
 
 def test_codes_are_the_values_of_their_grid_in_a_quarter_of_the_bytes():

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import quick
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model import lora
 from gemma4_jax.model.lora import LoraConfig
-from gemma4_jax.model.parameters import arrays, is_trainable, variables
+from gemma4_jax.model.parameters import arrays, is_trainable, map_arrays, variables
 from gemma4_jax.model.transformer import Transformer, abstract, init
 from gemma4_jax.train.metrics import Meter, duration, si
 from gemma4_jax.train.optimizer import OptimConfig, decays, optimizer, schedule, trainable_names
@@ -94,6 +95,21 @@ def test_updates_that_are_not_finite_or_too_large_change_nothing_but_the_step():
     assert any((np.asarray(value) != before[name]).any() for name, value in state.flat().items() if name != "step")
     careful = make_train_step(model, optim, skip_above=float(metrics["grad_norm"]) / 2)
     assert float(careful(state, good, None)[1]["skipped"]) == 1.0
+
+
+def test_micro_batches_hold_the_gradients_of_layers_once():
+    """Of 24 layers the accumulating step takes 1.12 times their gradients, and 2.12 times where they are not tallied."""
+    model = abstract(ModelConfig.variant("tiny_31b", **{**SMALL, "layer_period": 2, "num_hidden_layers": 24}))
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    model = map_arrays(lambda _, v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=where), model)
+    still = optax.set_to_zero()  # an optimizer's own memory comes after it, and is more on a CPU
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch_of(2, 16).items()}
+    lowered = make_train_step(model, still, grad_accum=2, remat="full").lower(  # pyright: ignore[reportFunctionMemberAccess]
+        TrainState.abstract(model, still, ()), batch, None
+    )
+    memory = lowered.compile(quick.OPTIONS).memory_analysis()
+    layers = sum(4 * x.size for name, x in arrays(model).items() if name.startswith("own."))
+    assert memory.temp_size_in_bytes < 1.5 * layers
 
 
 def test_micro_batches_must_divide_the_batch():
