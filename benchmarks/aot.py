@@ -47,6 +47,11 @@ def _cut(name: str, variant: str, layers: int, peer: float, *more: str) -> Row:
     return Row(name, variant, (*options, f"model.overrides.num_hidden_layers={layers}", *more), peer)
 
 
+def _lora(name: str, variant: str, topology: str, *more: str) -> Row:
+    sizes = (f"plan.topology={topology}", "plan.batch_size=8", "plan.seq_len=4096")
+    return Row(name, variant, (*sizes, "plan.step=lora", "model.param_dtype=bfloat16", *more))
+
+
 ROWS = (
     _cut("31B, 6 layers", "31b", 6, 10.25),
     _cut("26B-A4B, 6 layers", "26b_a4b", 6, 10.08),
@@ -63,6 +68,8 @@ ROWS = (
     _sft("SFT 31B", "31b", "tpu7x:4x4x4", 256),
     _sft("QAT E4B with its teacher", "e4b", "v6e:4x4", 16, "plan.step=qat"),
     _sft("QAT 26B-A4B with its teacher", "26b_a4b", "v6e:8x8", 64, "plan.step=qat"),
+    _lora("LoRA E2B", "e2b", "v5e:2x2"),
+    _lora("QLoRA E2B", "e2b", "v5e:2x2", "lora.base=w4a16"),
     Row(
         "prefill of 131,072, E4B",
         "e4b",

@@ -23,10 +23,16 @@ RESULTS = Path(__file__).parent / "results" / "tpu_aot.json"
 PAGE = Path(__file__).parents[1] / "docs" / "slices.md"
 GiB = 2**30
 
-NAMES = {"sft": "training (SFT, pretraining)", "qat": "QAT with its teacher", "decode": "sampling"}
+NAMES = {
+    "sft": "training (SFT, pretraining)",
+    "qat": "QAT with its teacher",
+    "lora": "LoRA and QLoRA",
+    "decode": "sampling",
+}
 CONFIGS = {
     "sft": "`configs/sft_chat.py:VARIANT,SLICE`, `configs/pretrain.py:VARIANT,SLICE`",
     "qat": "`configs/qat.py:VARIANT,POLICY,SLICE`",
+    "lora": "`configs/lora.py:VARIANT,BASE,SLICE` (rank 16 in attention and dense feed-forward layers)",
     "decode": "`configs/sample.py:VARIANT,SLICE`",
 }
 
@@ -37,7 +43,8 @@ What each config sets when a slice stands behind its variant, and what the plan 
 very step, compiled with the compiler of that chip, `estimated` ones are formulas.
 
 - **GiB a device**: peak of one JAX device (tpu7x shows a chip as two), and what a program may take. bfloat16 compute; training
-  has float32 weights, gradients and Adam moments, and recomputes layers (`remat=full`).
+  has float32 weights, gradients and Adam moments, and recomputes layers (`remat=full`). Of LoRA the weights are bfloat16 or codes
+  and stay; adapters with their gradients and moments are float32.
 - **step**: seconds from perfect overlap of arithmetic, memory and network to none at all, everything at its published peak. No
   real step was measured in this project, for want of a TPU: expect the upper end, and more for input and logging.
 - **tokens/s**: of all devices together, for the same two ends. Of sampling, tokens of all rows.
@@ -88,7 +95,7 @@ def page(compiled: dict[str, Any]) -> str:
         lines += ["| " + " | ".join(_cells(job, found(job, compiled))) + " |" for job in jobs]
         lines.append("")
     lines += ["## Commands", ""]
-    lines += [f"- {job.step} of {job.variant} on {job.slice}: `{job.command}`" for job in JOBS]
+    lines += [f"- {job.step} of {_variant(job)} on {job.slice}: `{job.command}`" for job in JOBS]
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +105,7 @@ def _cells(job: Job, it: Found) -> tuple[str, ...]:
     if job.first_moment != "float32":
         mesh += f", first moment {job.first_moment}"
     return (
-        job.variant,
+        _variant(job),
         job.slice,
         mesh,
         f"{job.rows:,} x {job.length:,}",
@@ -108,6 +115,10 @@ def _cells(job: Job, it: Found) -> tuple[str, ...]:
         "" if job.step == "decode" else percent(it.mfu),
         it.how,
     )
+
+
+def _variant(job: Job) -> str:
+    return job.variant + (f", base {job.base}" if job.base else "")
 
 
 def _range(least: str, most: str) -> str:

@@ -1,12 +1,18 @@
 """LoRA of a released Gemma 4 on your chats: small matrices are trained beside the weights, and the weights stay.
 
 VARIANT is e2b, e4b, 26b_a4b or 31b. BASE holds the weights as codes meanwhile (QLoRA): q4_0 or w4a16 (4.5 bits a weight), int8;
-without it they are bfloat16. The learning rate is ten times that of full fine-tuning, as is usual for adapters, and rank and alpha
-are the usual ones; none of it has been tuned on released weights here. Experts get adapters only when they are named
+without it, or with none, they are bfloat16. The learning rate is ten times that of full fine-tuning, as is usual for adapters, and
+rank and alpha are the usual ones; none of it has been tuned on released weights here. Experts get adapters only when they are named
 (--config.lora.targets=attention,mlp,experts): each of the 128 has its own, which is many and slow.
 
     python -m launch.run --config=configs/lora.py:e2b --config.model.path=HF_DIR --config.data.paths=chats.jsonl
     python -m launch.run --config=configs/lora.py:31b,w4a16 --config.model.path=HF_DIR --config.data.paths=chats.jsonl
+
+A slice after the base sets batch, length and mesh of a plan that fits it, with the memory and step times of docs/slices.md:
+e2b,none,v5e:2x2 e2b,w4a16,v5e:2x2 e4b,none,v6e:2x2 e4b,w4a16,v5e:2x2 26b_a4b,none,v6e:2x4 26b_a4b,w4a16,v6e:2x2
+31b,none,v6e:2x4 31b,w4a16,v6e:2x2.
+
+    python -m launch.run --config=configs/lora.py:31b,w4a16,v6e:2x2 --config.model.path=HF_DIR --config.data.paths=chats.jsonl
 
 The run's directory then stands for the merged model wherever a checkpoint is read; adapters alone are an export:
 
@@ -18,6 +24,7 @@ The run's directory then stands for the merged model wherever a checkpoint is re
 from gemma4_jax.errors import UserError, did_you_mean
 from gemma4_jax.quant.policies import POLICIES
 from launch.settings import defaults
+from launch.slices import set_sizes
 
 SIZES = {  # variant: (learning rate, rows per step, tokens per row)
     "e2b": (2e-4, 16, 4096),
@@ -28,7 +35,10 @@ SIZES = {  # variant: (learning rate, rows per step, tokens per row)
 
 
 def get_config(variant_and_base):
-    variant, _, base = variant_and_base.partition(",")
+    variant, base, slice_, *more = [*variant_and_base.split(","), "", ""]
+    base = "" if base == "none" else base
+    if any(more):
+        raise UserError(f"configs/lora.py takes VARIANT,BASE,SLICE; got {variant_and_base!r}.")
     for what, given, known in (("variant", variant, SIZES), ("base", base or "q4_0", POLICIES)):
         if given not in known:
             raise UserError(f"configs/lora.py:VARIANT,BASE has the {what} {given!r}; {did_you_mean(given, known)}")
@@ -40,4 +50,6 @@ def get_config(variant_and_base):
     config.optim.warmup_steps = 20
     config.train.remat = "full"
     config.train.steps = 1000
+    if slice_:
+        set_sizes(config, "lora", variant, slice_, base or None)
     return config

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from gemma4_jax.errors import UserError, did_you_mean
 
-Step = Literal["sft", "qat", "decode"]
+Step = Literal["sft", "qat", "lora", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Job:
     length: int
     mesh: tuple[tuple[str, int], ...]  # axes longer than 1
     first_moment: str = "float32"
+    base: str | None = None  # of lora: the policy whose codes hold the base; none: bfloat16
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -31,7 +32,9 @@ class Job:
         step = () if self.step == "sft" else (f"plan.step={self.step}",)
         sizes = (f"plan.topology={self.slice}", f"plan.batch_size={self.rows}", f"plan.seq_len={self.length}")
         moment = () if self.first_moment == "float32" else (f"plan.first_moment={self.first_moment}",)
-        return (*step, *sizes) if self.step == "decode" else (*sizes, *step, *moment)
+        adapters = ("model.param_dtype=bfloat16",) if self.step == "lora" else ()
+        base = () if self.base is None else (f"lora.base={self.base}",)
+        return (*step, *sizes) if self.step == "decode" else (*sizes, *step, *moment, *adapters, *base)
 
     @property
     def command(self) -> str:
@@ -58,6 +61,14 @@ JOBS = (
     Job("qat", "e4b", "v6e:4x4", 16, 8192, (("fsdp", 16),)),
     Job("qat", "26b_a4b", "v6e:8x8", 64, 8192, (("fsdp", 16), ("expert", 4))),
     Job("qat", "31b", "v6e:8x8", 64, 8192, (("fsdp", 64),)),
+    Job("lora", "e2b", "v5e:2x2", 8, 4096, (("fsdp", 4),)),
+    Job("lora", "e2b", "v5e:2x2", 8, 4096, (("fsdp", 4),), base="w4a16"),
+    Job("lora", "e4b", "v6e:2x2", 8, 8192, (("fsdp", 4),)),
+    Job("lora", "e4b", "v5e:2x2", 4, 4096, (("fsdp", 4),), base="w4a16"),
+    Job("lora", "26b_a4b", "v6e:2x4", 8, 8192, (("fsdp", 2), ("expert", 4))),
+    Job("lora", "26b_a4b", "v6e:2x2", 4, 4096, (("expert", 4),), base="w4a16"),
+    Job("lora", "31b", "v6e:2x4", 8, 8192, (("fsdp", 8),)),
+    Job("lora", "31b", "v6e:2x2", 4, 4096, (("fsdp", 4),), base="w4a16"),
     Job("decode", "e2b", "v5e:1x1", 1, 8192, ()),
     Job("decode", "e4b", "v6e:1x1", 1, 8192, ()),
     Job("decode", "26b_a4b", "v6e:2x4", 8, 32768, (("expert", 4), ("tensor", 2))),
@@ -66,20 +77,22 @@ JOBS = (
 )
 
 
-def find(step: Step, variant: str, slice_: str) -> Job:
+def find(step: Step, variant: str, slice_: str, base: str | None = None) -> Job:
     """The job of these names; UserError with those that are there."""
-    known = {job.slice: job for job in JOBS if (job.step, job.variant) == (step, variant)}
+    known = {job.slice: job for job in JOBS if (job.step, job.variant, job.base) == (step, variant, base)}
     if slice_ not in known:
+        of = variant if base is None else f"{variant} with its base as {base}"
+        guess = did_you_mean(slice_, known) if known else "There are none."
         raise UserError(
-            f"There are no proven sizes for {step} of {variant} on {slice_!r}; {did_you_mean(slice_, known)} "
+            f"There are no proven sizes for {step} of {of} on {slice_!r}; {guess} "
             "Other slices: leave it out, set the sizes yourself, and ask configs/plan.py."
         )
     return known[slice_]
 
 
-def set_sizes(config: Any, step: Step, variant: str, slice_: str) -> None:
+def set_sizes(config: Any, step: Step, variant: str, slice_: str, base: str | None = None) -> None:
     """Batch, length, mesh, remat and moments of the job in a config."""
-    job = find(step, variant, slice_)
+    job = find(step, variant, slice_, base)
     for axis, size in job.mesh:
         config.mesh[axis] = size
     if step == "decode":

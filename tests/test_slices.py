@@ -14,7 +14,7 @@ from gemma4_jax.quant.policies import POLICIES
 from gemma4_jax.sharding import MeshConfig
 from launch.overrides import read_command_line
 from launch.run import read_run
-from launch.settings import QatRun, SampleRun, TrainRun
+from launch.settings import PlanRun, QatRun, SampleRun, TrainRun
 from launch.slices import JOBS, Job, find
 
 GIVEN = ["--config.model.path=ckpt", "--config.data.paths=rows.jsonl"]
@@ -27,11 +27,16 @@ def config(spec: str, *more: str):
 
 
 def name(job: Job) -> str:
-    return f"{job.step}-{job.variant}-{job.slice}"
+    return f"{job.step}-{job.variant}-{job.slice}" + (f"-{job.base}" if job.base else "")
 
 
 def test_every_step_and_variant_has_a_slice():
-    assert {(job.step, job.variant) for job in JOBS} == {(s, v) for s in ("sft", "qat", "decode") for v in VARIANTS}
+    assert {(job.step, job.variant) for job in JOBS} == {
+        (s, v) for s in ("sft", "qat", "lora", "decode") for v in VARIANTS
+    }
+    assert {(job.variant, job.base) for job in JOBS if job.step == "lora"} == {
+        (v, b) for b in (None, "w4a16") for v in VARIANTS
+    }
 
 
 @pytest.mark.parametrize("job", JOBS, ids=name)
@@ -72,6 +77,18 @@ def test_qat_configs_of_every_policy(job):
         check(run, job)
 
 
+@pytest.mark.parametrize("job", [job for job in JOBS if job.step == "lora"], ids=name)
+def test_lora_configs(job):
+    run = config(f"lora.py:{job.variant},{job.base or 'none'},{job.slice}", *GIVEN)
+    assert isinstance(run, TrainRun)
+    assert run.lora is not None
+    assert (run.lora.base, run.model.param_dtype) == (job.base, "bfloat16")
+    planned = config(f"plan.py:{job.variant}", *(f"--config.{option}" for option in job.options))
+    assert isinstance(planned, PlanRun)
+    assert (planned.lora, planned.model.param_dtype, planned.plan.remat) == (run.lora, "bfloat16", run.train.remat)
+    check(run, job)
+
+
 def check(run: TrainRun, job: Job) -> None:
     assert (run.data.batch_size, run.data.seq_len, run.train.remat) == (job.rows, job.length, "full")
     assert {axis: size for axis, size in run.mesh.sizes().items() if size} == dict(job.mesh)
@@ -89,6 +106,12 @@ def test_sampling_configs(job):
 def test_a_slice_without_sizes_names_those_that_have_some():
     with pytest.raises(UserError, match=r"no proven sizes for sft of 31b on 'v6e:4x4'.*v6e:8x8"):
         find("sft", "31b", "v6e:4x4")
+    with pytest.raises(
+        UserError, match=r"no proven sizes for lora of 31b with its base as int8 on 'v6e:2x4'; There are none"
+    ):
+        config("lora.py:31b,int8,v6e:2x4", *GIVEN)
+    with pytest.raises(UserError, match=r"takes VARIANT,BASE,SLICE"):
+        config("lora.py:31b,w4a16,v6e:2x2,x", *GIVEN)
     with pytest.raises(UserError, match=r"takes VARIANT,POLICY,SLICE"):
         config("qat.py:e2b,q4_0,v6e:2x4,x", *GIVEN)
 
