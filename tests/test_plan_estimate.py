@@ -13,6 +13,7 @@ from gemma4_jax.chips import GiB, topology
 from gemma4_jax.config import KINDS, ModelConfig
 from gemma4_jax.model.kv import CACHE_DIMS, empty_cache
 from gemma4_jax.model.layouts import CacheFormat
+from gemma4_jax.model.lora import LoraConfig, adapted_shapes
 from gemma4_jax.model.parameters import arrays, variables
 from gemma4_jax.model.stack import REMAT
 from gemma4_jax.model.transformer import abstract
@@ -20,6 +21,7 @@ from gemma4_jax.plan import footprint, report, shares
 from gemma4_jax.plan import workload as work
 from gemma4_jax.plan.estimate import alternatives, estimate, meshes, sweep
 from gemma4_jax.plan.job import Job, Program
+from gemma4_jax.train.optimizer import trainable_names
 from gemma4_jax.train.throughput import flops_per_token
 
 TINY = ("tiny_e2b", "tiny_e4b", "tiny_26b_a4b", "tiny_31b")
@@ -99,6 +101,63 @@ def test_traffic_of_fsdp():
 def test_each_axis_has_its_collectives(sizes, kinds):
     name = "26b_a4b" if sizes[2] > 1 else "31b"
     assert kinds <= set(work.workload(job(name, sizes)).wire_bytes)
+
+
+@pytest.mark.parametrize("base", [None, "w4a16"])
+@pytest.mark.parametrize("name", ["tiny_e2b", "tiny_26b_a4b"])
+def test_shares_of_adapters_and_codes_are_those_of_the_shardings(name, base):
+    cfg, sizes, config = ModelConfig.variant(name), (1, 2, 2, 1, 2), LoraConfig(("all",), rank=4, base=base)
+    sizes = (2, 2, 1, 1, 2) if not cfg.num_experts else sizes
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+    placed = sharding.parameter_shardings(mesh)
+    found = {share.name: share for share in shares.shares(cfg, sizes, config)}
+    model = adapted_shapes(abstract(cfg, "bfloat16"), config)
+    whole = {share.name: share for share in shares.shares(cfg, sizes)}
+    for key, variable in variables(model).items():
+        assert found[key].stored == placed(key, variable).shard_shape(variable.shape), key
+        assert (found[key].itemsize or 2) == variable.dtype.itemsize, key
+        assert found[key].trainable == (".adapter." in key), key
+        if key in whole:  # decoded where it is used
+            assert found[key].used == whole[key].used, key
+            assert bool(found[key].per_byte) == (variable.dtype == "uint8"), key
+    moving = set(trainable_names(model, ()))
+    assert {share.name for share in found.values() if share.trainable} == moving
+    tried = Job(cfg, "lora", sizes, 8, 64, lora=config)
+    assert tried.trained == {key: v.get_value().size for key, v in variables(model).items() if key in moving}
+
+
+def test_flops_of_adapters_are_those_of_the_model():
+    """Beside frozen weights: two passes and not three, whose adapters add three; nothing for the table and lookups."""
+    for name in ("tiny_e2b", "31b", "26b_a4b"):
+        tried = dataclasses.replace(job(name, ONE, rows=1, length=1, program="lora", lora=LoraConfig()), remat="none")
+        cfg = tried.cfg
+        pairs = sum(layers * cfg.num_attention_heads * cfg.head_size(kind) for _, kind, layers in tried.layer_kinds)
+        # The convention lets the gradient pass all products; that of the per-layer inputs stops at the frozen projection.
+        stopped = 2 * cfg.hidden_size * tried.per_layer_width
+        expected = flops_per_token(cfg, 1, tried.trained) + 4 * pairs * (4.5 - 1.5) - stopped
+        assert work.workload(tried).flops == pytest.approx(expected), name
+        experts = LoraConfig(("experts",))
+        if cfg.num_experts:  # added to the weights: their gradients are made, and those sums
+            more = dataclasses.replace(tried, lora=experts)
+            rows = 6 * cfg.top_k_experts * cfg.hidden_size * cfg.moe_intermediate_size * cfg.num_hidden_layers
+            sums = (
+                6 * experts.rank * sum(s.elements for s in more.shares if ".experts." in s.name and s.name[-2:] == ".w")
+            )
+            none = dataclasses.replace(tried, lora=LoraConfig(("router",)))
+            router = 6 * sum(s.elements for s in none.shares if s.is_adapter)
+            assert work.workload(more).flops - work.workload(none).flops == pytest.approx(rows + sums - router)
+
+
+def test_footprint_of_adapters():
+    """No moments and gradients of the base; its codes take 4.5 bits where bfloat16 takes 16."""
+    fields: dict = dict(program="lora", param_dtype="bfloat16", sizes=(1, 4, 1, 1, 1))
+    floats, codes = (footprint.footprint(job(**fields, lora=LoraConfig(base=base))) for base in (None, "w4a16"))
+    full = footprint.footprint(job(param_dtype="bfloat16", sizes=(1, 4, 1, 1, 1)))
+    assert floats["base"] == pytest.approx(full["parameters"], rel=1e-6)
+    assert 4.5 / 16 < codes["base"] / floats["base"] < 0.36  # the token table stays bfloat16
+    assert floats["optimizer"] == pytest.approx(2 * floats["adapters"])
+    assert floats["gradients"] <= floats["adapters"] < 0.05 * floats["base"]
+    assert sum(codes.values()) < sum(floats.values()) < sum(full.values())
 
 
 def test_footprint_is_explicit():

@@ -28,6 +28,18 @@ def test_an_estimate_prints_memory_the_roofline_and_a_ranking(capsys, tmp_path):
     assert 10 * 2**30 < found["total"] == sum(found["memory"].values()) < 31.25 * 2**30
 
 
+def test_an_estimate_of_adapters_has_a_base_that_stays(capsys):
+    options = ["--config.plan.step=lora", "--config.model.param_dtype=bfloat16", "--config.lora.base=w4a16"]
+    assert main([*PLAN, *options, "--config.plan.topology=v6e:2x2", "--config.plan.parameters=true"]) == 0
+    out = capsys.readouterr().out
+    memory = {
+        line.split()[0]: float(line.split()[1]) for line in out.splitlines() if line.startswith(("base ", "adapters "))
+    }
+    assert 30.7 * 0.5 / 4 < memory["base"] < 6 > 20 * memory["adapters"] / 2
+    assert "own.full.attention.q.adapter.a" in out
+    assert "own.full.attention.q.packed_scale" in out
+
+
 def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
     options = ["--config.plan.topology=v5e:4x4", "--config.plan.batch_size=16", "--config.plan.seq_len=8192"]
     assert main([*PLAN, *options]) == 1
@@ -51,6 +63,8 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
             2,
             "plan.remat belongs to training; plan.step=decode does not read it",
         ),
+        (["lora.base=int8"], 2, "config.lora belongs to plan.step=lora; plan.step=sft does not read it"),
+        (["plan.step=lora", "lora.rank=100000"], 1, "lora.rank=100000 is beyond that of own.full.attention.k"),
         (["plan.hlo=x"], 2, "plan.hlo is the text of a compiled program, but plan.mode=estimate compiles none"),
         (["plan.headroom=1.5"], 2, "plan.headroom is a share from 0 up to 1, got 1.5"),
         (["plan.topology=v4:2x2x2", "plan.mode=compile"], 1, "set plan.mode=estimate"),
