@@ -225,7 +225,7 @@ def batch_share(mesh: jax.sharding.Mesh | None) -> tuple[int, int]:
 def place_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """This process's rows [rows, length] of each array as its part of the global batch on the mesh that is set.
 
-    What is no array, a batch's media, says itself what its dims are (`Media.with_dims`).
+    What is no array, a batch's media or what a teacher said of it, says itself what its dims are (`with_dims`).
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:

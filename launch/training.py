@@ -15,7 +15,7 @@ from gemma4_jax.data.pipeline import DataConfig, Loader, make_loader
 from gemma4_jax.errors import UserError
 from gemma4_jax.eval.perplexity import evaluate_loss
 from gemma4_jax.mesh_choice import training_mesh
-from gemma4_jax.model.parameters import in_compute_dtype, map_arrays
+from gemma4_jax.model.parameters import map_arrays
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.plan import report
 from gemma4_jax.processor import Processor
@@ -29,12 +29,14 @@ from gemma4_jax.train.optimizer import optimizer, schedule
 from gemma4_jax.train.parts import coverage
 from gemma4_jax.train.recorder import Recorder
 from gemma4_jax.train.state import TrainState
-from gemma4_jax.train.step import make_train_step
+from gemma4_jax.train.step import TrainStep, make_train_step
+from gemma4_jax.train.teaching import Taught
 from gemma4_jax.train.throughput import flops_per_token, forward_flops, peak_flops
 from gemma4_jax.train.tracing import Tracer
 from launch import schema, watching
-from launch.adapting import load_base, with_adapters
-from launch.models import check_agreement, make_model, make_processor, model_config
+from launch.adapting import Adapting, load_base, with_adapters
+from launch.distilling import Teaching, teaching
+from launch.models import check_agreement, make_processor, model_config
 from launch.preflight import frozen, preflight
 from launch.processes import devices, on, voice
 from launch.settings import QatRun, TrainRun
@@ -44,6 +46,8 @@ def run_training(run: TrainRun, write: Callable[[str], None] = print) -> TrainSt
     """Trains, or goes on where the working directory stopped; returns the last state."""
     started = time.perf_counter()
     watching.check(run)
+    if run.train.keep_best and run.eval_data is None:
+        raise UserError("train.keep_best ranks checkpoints by held-out loss, but config.eval_data is none; set it.")
     cfg = model_config(run.model)
     write = voice(write)
     mesh = _mesh(run, cfg)
@@ -73,95 +77,111 @@ def _train(
 ) -> TrainState:
     processor = make_processor(run.tokenizer, run.model, cfg, run.media)
     check_agreement(cfg, processor, run.data, run.eval_data)
-    if run.train.keep_best and run.eval_data is None:
-        raise UserError("train.keep_best ranks checkpoints by held-out loss, but config.eval_data is none; set it.")
-    share = batch_share(mesh)
-    quarantine = None if run.workdir is None or jax.process_index() > 0 else Path(run.workdir) / "bad_rows.jsonl"
-    multiple_of = media_multiple(mesh)
-    batches = _loader(
-        run.data, processor, share, quarantine=quarantine, parts=run.train.grad_accum, multiple_of=multiple_of
-    )
-    write(f"data\n{batches.summary.table()}")
-    evaluate = None if run.eval_data is None else _evaluation(run, processor, share, multiple_of, write)
-
     workdir = None if run.workdir is None else Path(run.workdir)
     resumes = workdir is not None and bool(committed_steps(absolute(workdir / "checkpoints")))
-    model, adapting = load_base(run, mesh, write)
-    if adapting is not None and workdir is not None and resumes:
-        adapting.check(workdir)
-    teacher = _teacher(run, model, processor, mesh, write) if isinstance(run, QatRun) else None
-    quantised = with_adapters(run, model, write)
-    if isinstance(run, QatRun):
-        quantised = _quantised(run, quantised, mesh, None if resumes else batches, write)
-    elif policy.grid_names(model):
-        write(f"weights on the grid\n{policy.coverage(model).table()}")
-    optim = optimizer(run.optim, run.train.steps)
-    shares_arrays = isinstance(run, QatRun) and teacher is not None and run.quant.teacher is None
-    state = TrainState.create(quantised, optim, frozen(run, quantised), copy=shares_arrays)
-    # From here on the state alone holds the weights: a second set would double the memory of the run.
-    template = jax.eval_shape(lambda m: m, quantised)
-    del model, quantised
-    if cfg.is_multimodal:
-        write(f"parts of the model (optim.train={','.join(run.optim.train)})\n{coverage(state.params, state.frozen)}")
+    loader, evaluate = _data(run, processor, mesh, write)
+    state, template, adapting, taught = _start(run, processor, mesh, loader, resumes, write)
     sizes = [sum(x.size for x in group.values()) for group in (state.params, {**state.frozen, **state.base})]
     write(
         f"training {si(sizes[0])} parameters, {si(sizes[1])} stay as they are; ready in {duration(time.perf_counter() - started)}"
     )
-
-    store = None
-    if workdir is not None:
-        best = "loss" if run.train.keep_best else None
-        store = Store(workdir / "checkpoints", keep=run.train.keep, metric=best)
-        if jax.process_index() == 0:
-            processor.save(workdir)
-            if mesh is not None:
-                (workdir / "parameters.txt").write_text(report.parameters(template, mesh) + "\n")
+    store = None if workdir is None else _store(run, workdir, processor, template, mesh)
+    batches = loader if taught.answers is None else Taught(loader, taught.answers)
     state = resume(store, state, batches, verify=run.train.verify, fall_back=run.train.fall_back, write=write)
     done = int(state.step)
     if done:
         write(f"resumed after step {done} of {run.train.steps}")
-    distill = run.quant if isinstance(run, QatRun) and teacher is not None else None
-    step = make_train_step(
-        template,
-        optim,
-        grad_accum=run.train.grad_accum,
-        remat=run.train.remat,
-        balance_weight=run.train.balance_weight,
-        skip_above=run.train.skip_above,
-        distill_weight=distill.distill_weight if distill else 0.0,
-        reverse_kl=distill.reverse_kl if distill else False,
-    )
     speaks = jax.process_index() == 0
     recorder = Recorder(workdir, done, run.track, schema.to_mapping(run), speaks=speaks, begun=started)
     tracer = Tracer(run.profile, workdir, write) if speaks else None
+    per_token, peak = _model_flops(run, cfg, state, taught.teacher), peak_flops(1 if mesh is None else mesh.size)
     try:
         state = train(
             run.train,
             state=state,
             template=template,
-            step=step,
+            step=_step(run, template),
             learning_rate=schedule(run.optim, run.train.steps),
             batches=batches,
-            teacher=teacher,
+            teacher=taught.teacher,
             store=store,
             meta={"model": model_meta(template) | (adapting.described(template) if adapting else {})},
             recorder=recorder,
-            meter=Meter(
-                run.train.steps,
-                _model_flops(run, cfg, state, teacher),
-                peak_flops(1 if mesh is None else mesh.size),
-                started,
-            ),
+            meter=Meter(run.train.steps, per_token, peak, started),
             hooks=Hooks(evaluate, watching.samples(run, cfg, processor), write, tracer),
         )
     finally:
         recorder.close()
-        batches.close()
+        loader.close()
         if store is not None:
             store.close()
     where = "" if workdir is None else f"; committed in {workdir / 'checkpoints'}"
     write(f"done: {run.train.steps} steps in {duration(time.perf_counter() - started)}{where}")
     return state
+
+
+def _data(
+    run: TrainRun, processor: Processor, mesh: Mesh | None, write: Callable[[str], None]
+) -> tuple[Loader, Callable[[Transformer], dict[str, float]] | None]:
+    """The training rows, and what evaluates a model on the held-out ones, where there are any."""
+    share, multiple_of = batch_share(mesh), media_multiple(mesh)
+    quarantine = None if run.workdir is None or jax.process_index() > 0 else Path(run.workdir) / "bad_rows.jsonl"
+    loader = _loader(
+        run.data, processor, share, quarantine=quarantine, parts=run.train.grad_accum, multiple_of=multiple_of
+    )
+    write(f"data\n{loader.summary.table()}")
+    return loader, None if run.eval_data is None else _evaluation(run, processor, share, multiple_of, write)
+
+
+def _start(
+    run: TrainRun,
+    processor: Processor,
+    mesh: Mesh | None,
+    loader: Loader,
+    resumes: bool,
+    write: Callable[[str], None],
+) -> tuple[TrainState, Transformer, Adapting | None, Teaching]:
+    """The state before step 1, the structure of its model, what is known of adapters, and the teacher.
+
+    The state alone holds the weights then: a second set would double the memory of the run.
+    """
+    model, adapting = load_base(run, mesh, write)
+    if adapting is not None and run.workdir is not None and resumes:
+        adapting.check(Path(run.workdir))
+    taught = teaching(run, model, processor, mesh, loader, write, resumes=resumes)
+    student = with_adapters(run, model, write)
+    if isinstance(run, QatRun):
+        student = _quantised(run, student, mesh, None if resumes else loader, write)
+    elif policy.grid_names(model):
+        write(f"weights on the grid\n{policy.coverage(model).table()}")
+    optim = optimizer(run.optim, run.train.steps)
+    state = TrainState.create(student, optim, frozen(run, student), copy=taught.shares_arrays)
+    if student.cfg.is_multimodal:
+        write(f"parts of the model (optim.train={','.join(run.optim.train)})\n{coverage(state.params, state.frozen)}")
+    return state, jax.eval_shape(lambda m: m, student), adapting, taught
+
+
+def _store(run: TrainRun, workdir: Path, processor: Processor, template: Transformer, mesh: Mesh | None) -> Store:
+    """The checkpoints of the run, with what lies beside them: the tokenizer, and how parameters are cut."""
+    store = Store(workdir / "checkpoints", keep=run.train.keep, metric="loss" if run.train.keep_best else None)
+    if jax.process_index() == 0:
+        processor.save(workdir)
+        if mesh is not None:
+            (workdir / "parameters.txt").write_text(report.parameters(template, mesh) + "\n")
+    return store
+
+
+def _step(run: TrainRun, template: Transformer) -> TrainStep:
+    return make_train_step(
+        template,
+        optimizer(run.optim, run.train.steps),
+        grad_accum=run.train.grad_accum,
+        remat=run.train.remat,
+        balance_weight=run.train.balance_weight,
+        skip_above=run.train.skip_above,
+        distill_weight=run.quant.distill_weight if isinstance(run, QatRun) else 0.0,
+        reverse_kl=run.quant.reverse_kl if isinstance(run, QatRun) else False,
+    )
 
 
 def _model_flops(run: TrainRun, cfg: ModelConfig, state: TrainState, teacher: Transformer | None) -> float:
@@ -212,18 +232,3 @@ def _evaluation(
         return evaluate_loss(model, loader, max_batches=run.train.eval_batches)
 
     return evaluate
-
-
-def _teacher(
-    run: QatRun, model: Transformer, processor: Processor, mesh: Mesh | None, write: Callable[[str], None]
-) -> Transformer | None:
-    """The frozen float model of the loss, stored as it computes: the one training starts from unless another is named."""
-    if run.quant.distill_weight == 0.0:
-        return None
-    if run.quant.teacher is None:
-        return in_compute_dtype(policy.without(model), run.model.dtype)
-    section = type(run.model)(path=run.quant.teacher, dtype=run.model.dtype, param_dtype=run.model.param_dtype)
-    teacher = make_model(section, run.seed, mesh)
-    check_agreement(teacher.cfg, processor)
-    write(f"teacher: {run.quant.teacher}")
-    return in_compute_dtype(policy.without(teacher), run.model.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax.kernels import reference
-from gemma4_jax.kernels.cross_entropy import CHUNK_BYTES, default_chunk, token_losses
+from gemma4_jax.kernels.cross_entropy import CHUNK_BYTES, Likeliest, default_chunk, token_losses
 
 M, D, V, CAP = 37, 8, 50, 30.0
 # float32: two orders of summation. bf16: the gradient of the logits is rounded once to bf16 (2^-8) before the products.
@@ -98,6 +98,29 @@ def test_rows_of_a_batch_are_rows():
     )
     assert d_hidden.shape == hidden.shape
     assert_same((value, sums, (d_hidden.reshape(36, D), d_table)), wanted, jnp.float32)
+
+
+@pytest.mark.parametrize("reverse_kl", [False, True])
+def test_the_likeliest_tokens_of_a_teacher_are_taught(reverse_kl):
+    """Equal to the divergence of both distributions with all other tokens as one, written out; a bound of the whole one."""
+    hidden, table, targets, weights, whole = inputs(weights="fractional")
+    log_p, ids = jax.lax.top_k(jax.nn.log_softmax(CAP * jnp.tanh(whole[0] @ whole[1].T / CAP)), 6)
+    log_t = jnp.concatenate([log_p, jnp.log1p(-jnp.exp(log_p).sum(-1, keepdims=True))], -1)
+
+    def wanted(hidden, table):
+        log_q = jax.nn.log_softmax(CAP * jnp.tanh(hidden @ table.T / CAP))
+        log_q = jnp.take_along_axis(log_q, ids, 1)
+        log_q = jnp.concatenate([log_q, jnp.log1p(-jnp.exp(log_q).sum(-1, keepdims=True))], -1)
+        first, second = (log_q, log_t) if reverse_kl else (log_t, log_q)
+        return (weights[:, None] * jnp.exp(first) * (first - second)).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(wanted, argnums=(0, 1)))(0.2 * hidden, table)
+    options = dict(chunk=8, distill_weight=1.0, reverse_kl=reverse_kl)
+    got = run(token_losses, 0.2 * hidden, table, targets, weights, Likeliest(ids, log_t), **options)
+    np.testing.assert_allclose(got[0], value, rtol=1e-5)
+    for mine, theirs in zip(got[2], gradients, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * np.abs(theirs).max(), rtol=0)
+    assert value < run(token_losses, 0.2 * hidden, table, targets, weights, whole, **options)[0]
 
 
 def test_a_teacher_equal_to_the_student_costs_nothing():

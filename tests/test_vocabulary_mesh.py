@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from gemma4_jax.errors import UserError
 from gemma4_jax.kernels import cross_entropy, vocabulary
-from gemma4_jax.kernels.cross_entropy import token_losses
+from gemma4_jax.kernels.cross_entropy import Likeliest, token_losses
 from gemma4_jax.model.embed import Embedding
 from gemma4_jax.quant.grids import Q4_0
 from gemma4_jax.sharding import make_mesh
@@ -58,6 +58,9 @@ def step(grid, with_teacher, **options):
     def loss(table, hidden, tokens, targets, weights, teacher):
         embed = embedding(table, grid=grid)
         rows = embed.lookup(tokens, "float32")
+        if with_teacher == "kept":
+            log_p, ids = jax.lax.top_k(jax.nn.log_softmax(teacher[0] @ teacher[1].T), 4)
+            teacher = Likeliest(ids, jnp.concatenate([log_p, jnp.log1p(-jnp.exp(log_p).sum(-1, keepdims=True))], -1))
         taught = {"teacher": teacher, "distill_weight": 0.3} if with_teacher else {}
         total, sums = token_losses(0.3 * (rows + hidden), embed.head("float32"), targets, weights, **taught, **options)
         return total, (rows, sums)
@@ -72,6 +75,7 @@ CASES = {
     "fsdp, one owner": (FSDP, EXCHANGE, {"chunk": 4}, {"kind": "last"}),
     "data and fsdp, kl, grid": (DATA, EXCHANGE, {"chunk": 3, "with_teacher": True, "grid": Q4_0}, {}),
     "data and fsdp, batch whole": (DATA, EXCHANGE, {"chunk": 4}, {"batch": 3}),
+    "mix, likeliest": (MIX, EXCHANGE, {"chunk": 3, "with_teacher": "kept"}, {}),
     "tensor, reverse kl": (TENSOR, EXCHANGE, {"chunk": 5, "with_teacher": True, "reverse_kl": True}, {}),
     "mix, grid, no cap": (MIX, EXCHANGE, {"chunk": 2, "grid": Q4_0, "softcap": None}, {}),
     "mix, everywhere, batch whole": (MIX, {}, {}, {"batch": 3}),

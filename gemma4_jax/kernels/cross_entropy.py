@@ -15,6 +15,7 @@ chunk is gathered while one is multiplied.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -38,7 +39,25 @@ MIN_CHUNK = 128
 MESH_CHUNK_BYTES = 128 * 2**20
 MESH_CHUNK = 2048
 
-Teacher = tuple[jax.Array, jax.Array] | None
+
+LEAST_REST = 1e-6
+"""Least probability of all tokens that are not among the likeliest: below it float32 sums of the others are noise."""
+
+
+class Likeliest(NamedTuple):
+    """What is kept of a teacher's answer to a row: its K most likely tokens, int32 ids [..., K], and float32 log_p [..., K + 1],
+    their log-probabilities and that of all others together.
+    """
+
+    ids: jax.Array
+    log_p: jax.Array
+
+    def with_dims(self, change: Callable[[Any, tuple[str | None, ...]], Any]) -> "Likeliest":
+        """`change(array, dims)` of both, as a batch holds them: [B, T, K]."""
+        return Likeliest(*(change(x, ("batch", "length", None)) for x in self))
+
+
+Teacher = tuple[jax.Array, jax.Array] | Likeliest | None
 Sums = dict[str, jax.Array]
 
 
@@ -54,14 +73,14 @@ class Rows(NamedTuple):
     """Rows in the order they are processed, padded to whole chunks; `used` of them have a weight.
 
     All rows: hidden states of this device [M, D], targets and weights of all devices that share the table [devices, M].
-    A chunk: those of all devices, [M, D] and [M].
+    A chunk: those of all devices, [M, D] and [M]. What the teacher says of each row: its hidden state, or a `Likeliest`.
     """
 
     order: jax.Array
     hidden: jax.Array
     targets: jax.Array
     weights: jax.Array
-    teacher_hidden: jax.Array | None
+    teacher: tuple[jax.Array, ...]
     used: jax.Array
 
 
@@ -82,7 +101,8 @@ def token_losses(
     hidden [..., D] with [M] or [B, T] rows, table_VD: one floating dtype; the products are summed in float32. targets
     [...]: int, read only where weights [...] (float32, >= 0, fractions allowed) is not 0. correct_sum: weighted number of
     rows whose target has the largest logit (a tie counts as correct). teacher = (hidden [..., D2], table [V, D2]) adds
-    KL(teacher || student), or KL(student || teacher) with `reverse_kl`; `distill_weight` is a in the formula above.
+    KL(teacher || student), or KL(student || teacher) with `reverse_kl`; `distill_weight` is a in the formula above. Of a teacher
+    kept as `Likeliest` it is the divergence with all other tokens counted as one, which is never more than the whole.
     Gradients flow to hidden and table_VD through the loss only: not to the teacher, the weights or from the sums.
     On a mesh give [B, T] rows, which are cut as the batch is; `chunk` counts the rows of one device.
     """
@@ -130,8 +150,8 @@ def _losses(
         def step(i, carry):
             part, sums = carry
             ahead = _chunk_of(rows, i + 1, options)
-            log_t = _teacher_log_p(options, part, teacher)
-            _, new = _chunk_loss(_raw_logits(part.hidden, table_VD), part, log_t, options)
+            taught = _taught(options, part, teacher)
+            _, new = _chunk_loss(_raw_logits(part.hidden, table_VD), part, taught, options)
             return ahead, jax.tree.map(jnp.add, sums, new)
 
         start = _chunk_of(rows, 0, options), _zero_sums()
@@ -152,9 +172,9 @@ def _forward(options: Options, *given: Any) -> tuple[tuple[jax.Array, Sums], tup
         def step(i, carry):
             part, sums, d_hidden, d_table = carry
             ahead = _chunk_of(rows, i + 1, options)
-            log_t = _teacher_log_p(options, part, teacher)
+            taught = _taught(options, part, teacher)
             raw = _raw_logits(part.hidden, table_VD)
-            d_raw, new = jax.grad(_chunk_loss, has_aux=True)(raw, part, log_t, options)
+            d_raw, new = jax.grad(_chunk_loss, has_aux=True)(raw, part, taught, options)
             # Computed once: XLA for TPUs repeats exp and tanh in each product otherwise (5.4 million cycles a chunk, not 3.3).
             d_raw = jax.lax.optimization_barrier(d_raw.astype(hidden.dtype))
             d_rows = jnp.einsum("MV,VD->MD", d_raw, table_VD, preferred_element_type=jnp.float32)
@@ -181,7 +201,10 @@ def _forward(options: Options, *given: Any) -> tuple[tuple[jax.Array, Sums], tup
 def _on_mesh(options: Options, local, teacher: Teacher, out):
     cut = options.cut
     ours = cut.vectors, cut.table
-    return island(cut, local, (*ours, cut.tokens, cut.tokens, PartitionSpec() if teacher is None else ours), out)
+    said = (
+        (cut.vectors, cut.vectors) if isinstance(teacher, Likeliest) else PartitionSpec() if teacher is None else ours
+    )
+    return island(cut, local, (*ours, cut.tokens, cut.tokens, said), out)
 
 
 def _all_sums(options: Options, sums: Sums) -> Sums:
@@ -215,8 +238,8 @@ def _sorted_rows(options: Options, hidden: jax.Array, targets: jax.Array, weight
         return gather(arrange(x)[None], options.cut.shared)
 
     used = (weights_M != 0).sum(dtype=jnp.int32)
-    teacher_hidden = None if teacher is None else arrange(teacher[0])
-    return Rows(order, arrange(hidden), of_all(targets), of_all(weights), teacher_hidden, used)
+    said = teacher if isinstance(teacher, Likeliest) else () if teacher is None else teacher[:1]
+    return Rows(order, arrange(hidden), of_all(targets), of_all(weights), tuple(map(arrange, said)), used)
 
 
 def _chunk_of(rows: Rows, i: jax.Array | int, options: Options) -> Rows:
@@ -234,7 +257,7 @@ def _chunk_of(rows: Rows, i: jax.Array | int, options: Options) -> Rows:
         vectors(rows.hidden),
         numbers(rows.targets),
         numbers(rows.weights),
-        None if rows.teacher_hidden is None else vectors(rows.teacher_hidden),
+        tuple(map(vectors, rows.teacher)),
         rows.used,
     )
 
@@ -253,16 +276,21 @@ def _capped(raw_MV, softcap: float | None):
     return raw_MV if softcap is None else softcap * jnp.tanh(raw_MV / softcap)
 
 
-def _teacher_log_p(options: Options, part: Rows, teacher: Teacher) -> jax.Array | None:
-    if teacher is None or part.teacher_hidden is None:
+def _taught(options: Options, part: Rows, teacher: Teacher) -> jax.Array | Likeliest | None:
+    """What the teacher says of a chunk: its log-probabilities of this device's part of the vocabulary, or what is kept of them."""
+    if teacher is None:
         return None
-    logits = _capped(_raw_logits(part.teacher_hidden, teacher[1]), options.softcap)
+    if isinstance(teacher, Likeliest):
+        return Likeliest(*part.teacher)
+    logits = _capped(_raw_logits(part.teacher[0], teacher[1]), options.softcap)
     if not options.cut.vocabulary:
         return jax.lax.stop_gradient(jax.nn.log_softmax(logits, axis=-1))
     return jax.lax.stop_gradient(logits - _lse(logits, _max(logits, options.cut), options.cut)[:, None])
 
 
-def _chunk_loss(raw_MV: jax.Array, part: Rows, log_t_MV: jax.Array | None, options: Options) -> tuple[jax.Array, Sums]:
+def _chunk_loss(
+    raw_MV: jax.Array, part: Rows, taught: jax.Array | Likeliest | None, options: Options
+) -> tuple[jax.Array, Sums]:
     """The loss of one chunk as a function of its uncapped logits, and the three sums.
 
     On a mesh the logits are those of this device's part of the vocabulary, and so is the gradient; the loss is the whole.
@@ -278,13 +306,31 @@ def _chunk_loss(raw_MV: jax.Array, part: Rows, log_t_MV: jax.Array | None, optio
     hit_M = (target_M >= top_M).astype(jnp.float32)
     ce = (part.weights * (lse_M - target_M)).sum()
     kl = jnp.zeros((), jnp.float32)
-    if log_t_MV is not None:
+    if isinstance(taught, Likeliest):
+        log_p = _log_p_of(taught.ids, logits, lse_M, cut)
+        kl = (part.weights * _divergence(log_p, taught.log_p, options)).sum()
+    elif taught is not None:
         log_p = logits - _to_every_part(cut, lse_M)[:, None]
-        first, second = (log_p, log_t_MV) if options.reverse_kl else (log_t_MV, log_p)
-        kl_M = _over_vocabulary(cut, (jnp.exp(first) * (first - second)).sum(axis=-1))
-        kl = (part.weights * kl_M).sum()
+        kl = (part.weights * _over_vocabulary(cut, _divergence(log_p, taught, options))).sum()
     sums = {"ce_sum": ce, "kl_sum": kl, "correct_sum": (part.weights * hit_M).sum()}
     return _result(options, sums)[0], sums
+
+
+def _divergence(log_p: jax.Array, log_t: jax.Array, options: Options) -> jax.Array:
+    """KL of the teacher's and the student's log-probabilities over the last axis, this device's part of it."""
+    first, second = (log_p, log_t) if options.reverse_kl else (log_t, log_p)
+    return (jnp.exp(first) * (first - second)).sum(axis=-1)
+
+
+def _log_p_of(ids_MK: jax.Array, logits_MV: jax.Array, lse_M: jax.Array, cut: Cut) -> jax.Array:
+    """The student's log-probabilities of these tokens and of all others together [M, K + 1]."""
+    columns = logits_MV.shape[1]
+    at_MK = ids_MK - cut.first_row(columns)
+    here = (at_MK >= 0) & (at_MK < columns)
+    picked = jnp.take_along_axis(logits_MV, jnp.clip(at_MK, 0, columns - 1), axis=1)
+    log_p_MK = _over_vocabulary(cut, jnp.where(here, picked, 0.0)) - lse_M[:, None]
+    rest_M = jnp.maximum(1.0 - jnp.exp(log_p_MK).sum(axis=-1), LEAST_REST)
+    return jnp.concatenate([log_p_MK, jnp.log(rest_M)[:, None]], axis=-1)
 
 
 def _max(logits_MV: jax.Array, cut: Cut) -> jax.Array:
@@ -343,8 +389,17 @@ def _check(
     if hidden.dtype != table_VD.dtype:
         raise ValueError(f"hidden and table must have one dtype, got {hidden.dtype} and {table_VD.dtype}; cast one")
     if teacher is None and distill_weight:
-        raise ValueError(f"distill_weight={distill_weight} needs a teacher; pass teacher=(hidden, table)")
-    if teacher is not None and (teacher[0].shape[:-1] != rows or teacher[1].shape[0] != vocabulary):
+        raise ValueError(
+            f"distill_weight={distill_weight} needs a teacher; pass teacher=(hidden, table) or a Likeliest"
+        )
+    if isinstance(teacher, Likeliest):
+        kept = teacher.ids.shape
+        if kept[:-1] != rows or teacher.log_p.shape != (*rows, kept[-1] + 1) or kept[-1] > vocabulary:
+            raise ValueError(
+                f"the teacher's likeliest must be ids {rows} + [K] of at most {vocabulary} and log_p [K + 1], got "
+                f"{kept} and {teacher.log_p.shape}"
+            )
+    elif teacher is not None and (teacher[0].shape[:-1] != rows or teacher[1].shape[0] != vocabulary):
         raise ValueError(
             f"the teacher must have {rows} rows and {vocabulary} classes as the student has, got hidden "
             f"{teacher[0].shape} and table {teacher[1].shape}"

@@ -32,6 +32,12 @@ class QuantConfig:
         1.0, "share of the loss that is KL divergence from the teacher, the rest is cross-entropy"
     )
     teacher: str | None = option(None, "checkpoint of the teacher; none: the float model that training starts from")
+    teacher_cache: str | None = option(
+        None,
+        "directory for the teacher's likeliest tokens: it answers once before step 1 and is let go, and other runs on the same "
+        "rows go by its answers; none: it answers in every step",
+    )
+    teacher_top_k: int = option(64, "tokens kept of each answer with teacher_cache; all others count as one")
     reverse_kl: bool = option(False, "KL(student || teacher) in place of KL(teacher || student)")
 
     def __post_init__(self):
@@ -42,11 +48,13 @@ class QuantConfig:
             raise UserError(f"quant.calibration_batches is at least 1, got {self.calibration_batches}.")
         if not 0.0 <= self.distill_weight <= 1.0:
             raise UserError(f"quant.distill_weight is a share of the loss from 0 to 1, got {self.distill_weight}.")
-        if self.distill_weight == 0.0 and (self.teacher is not None or self.reverse_kl):
-            key = "quant.teacher" if self.teacher is not None else "quant.reverse_kl"
+        needing = [key for key in ("teacher", "teacher_cache", "reverse_kl") if getattr(self, key)]
+        if self.distill_weight == 0.0 and needing:
             raise UserError(
-                f"{key} is set, but quant.distill_weight=0 means that no teacher is used; change one of them."
+                f"quant.{needing[0]} is set, but quant.distill_weight=0 means that no teacher is used; change one of them."
             )
+        if self.teacher_top_k < 1:
+            raise UserError(f"quant.teacher_top_k is at least 1, got {self.teacher_top_k}.")
 
     def _check_cover(self):
         for role in self.cover or ():

@@ -11,7 +11,7 @@ from gemma4_jax.model.transformer import Transformer
 
 Batch = Mapping[str, Any]
 """tokens, positions (-1 padding), segment_ids (0 padding), targets: int32 [B, T]; loss_weights: float32 [B, T]; with pictures or
-sounds media: `Media`."""
+sounds media: `Media`; where the teacher answered before, taught: `Likeliest` [B, T, K]."""
 
 
 def loss_sum(
@@ -32,7 +32,7 @@ def loss_sum(
     `balance_weight` times the first to the loss.
     """
     hidden, table, load = _head_inputs(model, batch, remat)
-    taught = None
+    taught = batch.get("taught")
     if teacher is not None:
         taught = jax.lax.stop_gradient(_head_inputs(teacher, batch, remat)[:2])
     total, sums = token_losses(

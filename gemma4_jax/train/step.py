@@ -53,7 +53,7 @@ def make_train_step(
             others, zeros = differentiated
             model = with_arrays(template, {**params, **others, **frozen})
             model = tallied(model, zeros, totals) if totals else model
-            weight = distill_weight if teacher is not None else 0.0
+            weight = distill_weight if teacher is not None or "taught" in batch else 0.0
             return loss_sum(
                 model,
                 batch,
@@ -117,11 +117,18 @@ def _accumulate(one: Callable[..., Any], resting: Callable, batch: Batch, count:
     rows = batch["tokens"].shape[0]
     if rows % count:
         raise UserError(f"train.grad_accum={count} does not divide data.batch_size={rows}; choose one that does.")
-    # Row i goes to part i % count, so that on a mesh every part spreads over all devices.
-    parts = {
-        name: jnp.moveaxis(x.reshape(rows // count, count, -1), 1, 0) for name, x in batch.items() if name != "media"
+
+    def part(x):
+        """Row i goes to part i % count, so that on a mesh every part spreads over all devices."""
+        return jnp.moveaxis(x.reshape(rows // count, count, *x.shape[1:]), 1, 0)
+
+    parts: Any = {
+        name: x.with_dims(lambda rows, dims: constrain(part(rows), None, *dims))
+        if hasattr(x, "with_dims")
+        else constrain(part(x), None, "batch", "length")
+        for name, x in batch.items()
+        if name != "media"
     }
-    parts: Any = {name: constrain(x, None, "batch", "length") for name, x in parts.items()}
     if (media := batch.get("media")) is not None:
         parts["media"] = media.with_dims(lambda x, dims: constrain(x, *dims))
     shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
