@@ -33,7 +33,7 @@ def batch(seed: int) -> dict[str, np.ndarray]:
 def said(seed: int) -> Likeliest:
     logits = np.random.default_rng(seed).standard_normal((B, T, K + 1)).astype(np.float32)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return Likeliest(np.random.default_rng(seed).integers(0, V, (B, T, K)), log_p)  # pyright: ignore[reportArgumentType]
+    return Likeliest(np.random.default_rng(seed).integers(0, V, (B, T, K)), log_p)
 
 
 def opened(directory: Path, **about) -> Answers:

@@ -46,11 +46,11 @@ LEAST_REST = 1e-6
 
 class Likeliest(NamedTuple):
     """What is kept of a teacher's answer to a row: its K most likely tokens, int32 ids [..., K], and float32 log_p [..., K + 1],
-    their log-probabilities and that of all others together.
+    their log-probabilities and that of all others together. NumPy arrays until a batch is placed.
     """
 
-    ids: jax.Array
-    log_p: jax.Array
+    ids: Any
+    log_p: Any
 
     def with_dims(self, change: Callable[[Any, tuple[str | None, ...]], Any]) -> "Likeliest":
         """`change(array, dims)` of both, as a batch holds them: [B, T, K]."""

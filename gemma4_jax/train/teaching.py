@@ -92,7 +92,7 @@ class Answers:
             found = self._mapped(path, start + count)[start : start + count]
             ids[i][trained[i]], log_p[i][trained[i]] = found["ids"], found["log_p"]
         log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))  # rounding to float16 left sums beside 1
-        return Likeliest(ids, log_p)  # pyright: ignore[reportArgumentType]  # NumPy until it is placed
+        return Likeliest(ids, log_p)
 
     def _check(self, about: Mapping[str, Any]) -> None:
         path, about = self.directory / "teacher.json", json.loads(json.dumps(about))
