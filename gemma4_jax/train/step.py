@@ -43,32 +43,7 @@ def make_train_step(
     if balance_weight and not template.cfg.num_experts:
         raise UserError(f"train.balance_weight={balance_weight} balances experts, but the model has none; set it to 0.")
 
-    def micro_batch(params, frozen, batch: Batch, teacher: Transformer | None, totals=None):
-        """Sums and gradients; with `totals`, of the parameters in stacks of layers, those plus the gradients."""
-        totals = {} if totals is None else totals
-        zeros = {name: rest(jnp.zeros_like(total), dims[name]) for name, total in totals.items()}
-        differentiated = {name: value for name, value in params.items() if name not in totals}, zeros
-
-        def loss(differentiated):
-            others, zeros = differentiated
-            model = with_arrays(template, {**params, **others, **frozen})
-            model = tallied(model, zeros, totals) if totals else model
-            weight = distill_weight if teacher is not None or "taught" in batch else 0.0
-            return loss_sum(
-                model,
-                batch,
-                teacher=teacher,
-                distill_weight=weight,
-                reverse_kl=reverse_kl,
-                remat=remat,
-                balance_weight=balance_weight,
-            )
-
-        (total, sums), (of_others, of_layers) = jax.value_and_grad(loss, has_aux=True)(differentiated)
-        grads = {name: of_layers[name] if name in totals else of_others[name] for name in params}
-        sums = {**sums, "loss_sum": total, "tokens": jnp.sum(batch["loss_weights"])}
-        return {**sums, "slots": jnp.sum(batch["positions"] >= 0, dtype=jnp.float32)}, grads
-
+    loss = functools.partial(loss_sum, reverse_kl=reverse_kl, remat=remat, balance_weight=balance_weight)
     dims = {name: variable.dims for name, variable in variables(template).items()}
 
     def resting(grads):
@@ -77,31 +52,57 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, teacher: Transformer | None):
+        weight = distill_weight if teacher is not None or "taught" in batch else 0.0
+
         def one(micro, totals=None):
-            sums, grads = micro_batch(state.params, {**state.frozen, **state.base}, micro, teacher, totals)
-            return sums, resting(grads)
+            """Sums and gradients; with `totals`, of the parameters in stacks of layers, those plus the gradients."""
+            totals = {} if totals is None else totals
+            zeros = {name: rest(jnp.zeros_like(total), dims[name]) for name, total in totals.items()}
+
+            def of_parameters(others, zeros):
+                model = with_arrays(template, {**state.params, **others, **state.frozen, **state.base})
+                model = tallied(model, zeros, totals) if totals else model
+                return loss(model, micro, teacher=teacher, distill_weight=weight)
+
+            others = {name: value for name, value in state.params.items() if name not in totals}
+            differentiated = jax.value_and_grad(of_parameters, argnums=(0, 1), has_aux=True)
+            (total, sums), (of_others, of_layers) = differentiated(others, zeros)
+            grads = {name: of_layers[name] if name in totals else of_others[name] for name in state.params}
+            sums = {**sums, "loss_sum": total, "tokens": jnp.sum(micro["loss_weights"])}
+            return {**sums, "slots": jnp.sum(micro["positions"] >= 0, dtype=jnp.float32)}, resting(grads)
 
         sums, grads = one(batch) if grad_accum == 1 else _accumulate(one, resting, batch, grad_accum)
-        # A batch without a trained token has gradient 0 / 1, not 0 / 0.
-        scale = 1.0 / jnp.maximum(sums["tokens"], 1e-9)
-        grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, state.params)
-        with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to the power of the int32 step
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = cast(dict[str, jax.Array], optax.apply_updates(state.params, updates))
-        metrics = {name: sums[key] * scale for name, key in _MEANS.items() if key in sums}
-        norm = optax.tree.norm(grads)
-        # One number decides on every device of every process alike. Selecting fuses with the update: no memory, no pass.
-        sound = jnp.isfinite(norm) & jnp.isfinite(sums["loss_sum"])
-        if skip_above is not None:
-            sound &= norm <= skip_above
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
-        metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": norm}
-        metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
-        return TrainState(state.step + 1, params, state.frozen, opt_state, state.base), metrics
+        return _updated(optimizer, state, sums, grads, skip_above)
 
     return step
+
+
+def _updated(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    sums: dict[str, jax.Array],
+    grads: dict[str, jax.Array],
+    skip_above: float | None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The state after the step, or of before it where the numbers are not sound, and the metrics."""
+    # A batch without a trained token has gradient 0 / 1, not 0 / 0.
+    scale = 1.0 / jnp.maximum(sums["tokens"], 1e-9)
+    grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises a float to the power of the int32 step
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = cast(dict[str, jax.Array], optax.apply_updates(state.params, updates))
+    norm = optax.tree.norm(grads)
+    # One number decides on every device of every process alike. Selecting fuses with the update: no memory, no pass.
+    sound = jnp.isfinite(norm) & jnp.isfinite(sums["loss_sum"])
+    if skip_above is not None:
+        sound &= norm <= skip_above
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    metrics = {name: sums[key] * scale for name, key in _MEANS.items() if key in sums}
+    metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": norm}
+    metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
+    return TrainState(state.step + 1, params, state.frozen, opt_state, state.base), metrics
 
 
 _MEANS = {"accuracy": "correct_sum"} | {
