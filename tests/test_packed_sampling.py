@@ -1,5 +1,6 @@
 """Sampling from codes: the tokens of the rounded weights, a seventh of their bytes, and a word where there are no codes."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,12 +12,13 @@ from gemma4_jax.model.linear import Weight
 from gemma4_jax.model.parameters import arrays, map_arrays, modules
 from gemma4_jax.model.transformer import init
 from gemma4_jax.quant.policy import QuantConfig, apply
+from gemma4_jax.sharding import make_mesh
 
 
 @pytest.fixture(scope="module")
 def model():
     """A mixture on the grids of q4_0, with random norms."""
-    sizes = dict(num_hidden_layers=6, vocab_size=128, hidden_size=64, num_experts=16, top_k_experts=2)
+    sizes = dict(layer_period=2, num_hidden_layers=2, vocab_size=128, hidden_size=64, num_experts=16, top_k_experts=2)
     rng = np.random.default_rng(0)
     plain = init(ModelConfig.variant("tiny_26b_a4b", **sizes), 1)
 
@@ -27,18 +29,36 @@ def model():
     return apply(map_arrays(draw, plain), QuantConfig())
 
 
-def test_tokens_are_those_of_the_rounded_weights(model):
-    """Prompts of a chunk, which decode all experts, and steps, which decode the chosen ones."""
+def answers(model, packed: bool):
+    """Tokens and their log-probabilities, of prompts of a chunk, which decode all experts, and steps, which decode the chosen."""
     prompts = [np.random.default_rng(n).integers(3, 128, n).tolist() for n in (3, 20)]
+    sampler = Sampler(model, max_length=64, batch_size=2, packed=packed)
+    found = sampler.generate(prompts, max_new_tokens=16, temperature=0.0, stop=[])
+    return [one.tokens for one in found], np.concatenate([one.logprobs for one in found])
 
-    def answers(packed: bool):
-        sampler = Sampler(model, max_length=64, batch_size=2, packed=packed)
-        found = sampler.generate(prompts, max_new_tokens=16, temperature=0.0, stop=[])
-        return [one.tokens for one in found], np.concatenate([one.logprobs for one in found])
 
-    (tokens, logprobs), (expected, exact) = answers(True), answers(False)
+@pytest.fixture(scope="module")
+def of_codes(model):
+    """On one device."""
+    return answers(model, True)
+
+
+def test_tokens_are_those_of_the_rounded_weights(model, of_codes):
+    (tokens, logprobs), (expected, exact) = of_codes, answers(model, False)
     assert tokens == expected
     np.testing.assert_allclose(logprobs, exact, atol=1e-4)
+
+
+def test_tokens_on_a_mesh_are_those_of_one_device(model, of_codes):
+    """Codes lie cut as the weights they stand for: half of a byte's row, a share of the experts."""
+    with jax.set_mesh(make_mesh({"expert": 4, "tensor": 2})):
+        tokens, logprobs = answers(model, True)
+        codes = {name: x for name, x in arrays(parts_of(model, packed=True)[0]).items() if x.dtype == np.uint8}
+    assert tokens == of_codes[0]
+    np.testing.assert_allclose(logprobs, of_codes[1], atol=1e-4)
+    for part, devices in ((".experts.", 8), (".mlp.", 2), ("attention.q", 2)):
+        sizes = {x.size // x.addressable_shards[0].data.size for name, x in codes.items() if part in name}
+        assert sizes == {devices}, part
 
 
 def test_bytes_fall(model):
