@@ -39,9 +39,10 @@ def faults(module: Module, job: Job) -> dict[str, list[str]]:
 
 
 def _is_activation(shape: Shape, job: Job) -> bool:
-    """Tokens x width, where a width looks like a number of queries."""
-    dims = [size for size in shape.dims if size > 1]
-    return len(dims) == 2 and any(sorted(dims) == sorted((job.length, width)) for width in job.widths)
+    """[rows of a device x] tokens x width, where a width looks like a number of queries."""
+    dims = sorted(size for size in shape.dims if size > 1)
+    rows = [job.local_rows] if job.local_rows > 1 else []
+    return any(dims in (sorted((job.length, width)), sorted((*rows, job.length, width))) for width in job.widths)
 
 
 def buffers(module: Module) -> list[Buffer]:
