@@ -17,7 +17,7 @@ from gemma4_jax.model.lora import LoraConfig, adapted_shapes
 from gemma4_jax.model.parameters import arrays, variables
 from gemma4_jax.model.stack import REMAT
 from gemma4_jax.model.transformer import abstract
-from gemma4_jax.plan import footprint, report, shares
+from gemma4_jax.plan import checks, footprint, hlo, report, shares
 from gemma4_jax.plan import workload as work
 from gemma4_jax.plan.estimate import alternatives, estimate, meshes, sweep
 from gemma4_jax.plan.job import Job, Program
@@ -146,6 +146,15 @@ def test_flops_of_adapters_are_those_of_the_model():
             none = dataclasses.replace(tried, lora=LoraConfig(("router",)))
             router = 6 * sum(s.elements for s in none.shares if s.is_adapter)
             assert work.workload(more).flops - work.workload(none).flops == pytest.approx(rows + sums - router)
+
+
+def test_activations_of_several_rows_are_no_scores():
+    """Seen in a compiled step of E2B, whose 8 heads of 512 are as wide as 4,096 tokens are many."""
+    tried = job("e2b", (1, 4, 1, 1, 1), rows=8, length=4096)
+    taken = [checks._is_activation(hlo.Shape("bf16", dims), tried) for dims in ((2, 4096, 12288), (4096, 1, 12288))]
+    assert taken == [True, True]
+    for dims in ((2, 8, 4096, 4096), (2, 2, 4096, 4096), (3, 4096, 4096)):
+        assert not checks._is_activation(hlo.Shape("bf16", dims), tried), dims
 
 
 def test_footprint_of_adapters():
