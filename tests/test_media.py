@@ -6,6 +6,7 @@
 import io
 import math
 import pickle
+import tracemalloc
 import wave
 
 import numpy as np
@@ -169,6 +170,21 @@ def test_bad_pictures(case):
     assert error.value.reason == reason
     assert str(error.value).count("\n") == 0
     assert pickle.loads(pickle.dumps(error.value)).reason == reason
+
+
+def test_a_length_inside_a_picture_takes_no_memory(tmp_path):
+    """A chunk of a PNG that says it has 4 GB."""
+    from PIL import Image
+
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:33] + b"\xff\xff\xff\xfftEXt" + content[33:])
+    tracemalloc.start()
+    with pytest.raises(MediaError):
+        pixels_of(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_nothing_outside_the_root_is_read(tmp_path):

@@ -53,7 +53,9 @@ def pixels_of(source: Any, root: Path | None = None, where: str = "The image") -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns where the size is doubtful; `_check_size` decides
         try:
-            with image_module.open(file) as image:
+            # From memory: of a file Pillow reads as many bytes as a broken length says, and Python makes room for 4 GB first.
+            content = io.BytesIO(file.read_bytes()) if isinstance(file, Path) else file
+            with image_module.open(content) as image:
                 return _pixels_of_pillow(image, where, name_of(file))
         except image_module.DecompressionBombError:
             raise _bomb(where, name_of(file), "hundreds of millions of") from None
