@@ -77,6 +77,20 @@ def test_bytes_fall(model):
     assert codes[True] == floats[True] * (4 + 16 / 32) / 32
 
 
+def test_per_layer_embeddings_are_looked_up_among_codes():
+    """Two thirds of E2B's bytes: rows of codes, decoded where they are read; not on a mesh, where rows travel as numbers."""
+    cfg = ModelConfig.variant("tiny_e2b", vocab_size=128, num_hidden_layers=10, num_kv_shared_layers=5)
+    model = apply(init(cfg, 1), QuantConfig())
+    table = parts_of(model, packed=True)[0].per_layer.table
+    assert table.w[...].dtype == np.uint8
+    tokens = np.arange(128).reshape(8, 16)
+    wanted = model.per_layer.table.lookup(tokens, "float32")
+    np.testing.assert_array_equal(table.lookup(tokens, "float32"), wanted)
+    assert np.abs(wanted - init(cfg, 1).per_layer.table.lookup(tokens, "float32")).max() > 0
+    with jax.set_mesh(make_mesh({"fsdp": 8})):
+        assert parts_of(model, packed=True)[0].per_layer.table.w[...].dtype == np.float32
+
+
 def test_there_must_be_codes():
     with pytest.raises(UserError, match=r"sample\.packed .* not trained on a grid"):
         Sampler(init(ModelConfig.variant("tiny_31b", num_hidden_layers=6)), max_length=64, packed=True, consume=True)

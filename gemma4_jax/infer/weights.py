@@ -18,9 +18,6 @@ from gemma4_jax.model.parameters import modules
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.quant.policy import grid_names
 
-LOOKED_UP = "per_layer_embedding"
-"""The role of tables that are only read by rows, which are rounded and cast one by one: most of E2B's bytes, left as they are."""
-
 
 def decoding_dtype(compute_dtype: str, platform: str) -> str:
     """What decoding computes in: float32 instead of bfloat16 on CPU.
@@ -51,9 +48,10 @@ def parts_of(model: Transformer, *, consume: bool = False, packed: bool = False)
     """The unrolled model with every weight as decoding uses it: rounded to its grid, in `decoding_dtype`; and its towers.
 
     A step reads all weights, so neither is left to the step. The router stays as it is: it computes in float32. Tables that
-    need neither are the model's own arrays, not copies. With `consume` the stacked weights are deleted as soon as they are
-    unrolled, so that they never exist twice; the model must not be used any more. `packed` leaves linear maps and experts with
-    a grid as codes, for each step to decode: the same numbers, a seventh of the bytes of float32 at 4 bits.
+    are read by rows, which are rounded and cast one by one, are the model's own arrays, not copies. With `consume` the stacked
+    weights are deleted as soon as they are unrolled, so that they never exist twice; the model must not be used any more. `packed`
+    leaves linear maps and experts with a grid as codes, for each step to decode, and without a mesh the rows of per-layer
+    embeddings: the same numbers, a seventh of the bytes of float32 at 4 bits.
 
     Raises UserError where `packed` finds no grid.
     """
@@ -64,7 +62,7 @@ def parts_of(model: Transformer, *, consume: bool = False, packed: bool = False)
     def ready(module):
         if isinstance(module, Weight) and module.packed is not None:
             return module
-        if not _is_weight(module) or module.role == LOOKED_UP or multiplies_in(module.role, dtype) is None:
+        if not _is_weight(module) or module.role == packing.LOOKED_UP or multiplies_in(module.role, dtype) is None:
             return module
         plain = module.plain if isinstance(module, Weight) else module.grid is None
         if plain and module.w.get_value().dtype == dtype:
@@ -83,6 +81,7 @@ def parts_of(model: Transformer, *, consume: bool = False, packed: bool = False)
 
 def _packed(model: Transformer, *, consume: bool) -> Transformer:
     weights = {path for path, module in modules(model) if isinstance(module, Weight)}
+    weights |= packing.tables(model) if jax.sharding.get_mesh().empty else set()
     grids = {path: grid for path, grid in grid_names(model).items() if path in weights}
     if not grids and not packing.packed_names(model):
         raise UserError(

@@ -6,7 +6,7 @@ from flax import nnx
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.kernels import vocabulary
-from gemma4_jax.model.linear import Dims, Grid, Linear, variable_dims
+from gemma4_jax.model.linear import Buffer, Dims, Grid, Linear, PackedGrid, value_of, variable_dims
 from gemma4_jax.model.norm import RMSNorm
 from gemma4_jax.sharding import current_mesh
 
@@ -15,7 +15,8 @@ class Embedding(nnx.Module):
     """A table [V, width] read by rows, scaled by sqrt(scale_dim); the head multiplies by the same table.
 
     Quantisation blocks run along a row, so a lookup rounds only the rows it reads. On a mesh the table lies cut by rows and
-    is never gathered (`kernels.vocabulary`).
+    is never gathered (`kernels.vocabulary`). Where `model.packing` set `packed`, which is not on a mesh, `w` holds codes, several
+    in a byte along a row, `packed_scale` is [V, blocks], and a lookup decodes the rows it reads.
     """
 
     def __init__(self, vocab: int, width: Dims, scale_dim: int, *, role: str, std: float, rngs: nnx.Rngs, dtype: str):
@@ -25,10 +26,16 @@ class Embedding(nnx.Module):
         self.role = role
         self.grid: Grid | None = None
         self.grid_scale: nnx.Param | None = nnx.data(None)  # always None: a table keeps its grid's rule
+        self.packed: PackedGrid | None = None
+        self.packed_scale: Buffer | None = nnx.data(None)
 
     def lookup(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of int32 tokens [B, T] times sqrt(scale_dim) *rounded to dtype*, as bfloat16 checkpoints were trained."""
-        if current_mesh() is None:
+        if self.packed is not None:
+            scale = value_of(self.packed_scale)
+            assert scale is not None
+            rows = vocabulary.narrowed(self.packed.decode(self.w[...][tokens_BT], scale[tokens_BT], -1), dtype)
+        elif current_mesh() is None:
             rows = vocabulary.narrowed(self._round(self.w[...][tokens_BT]), dtype)
         else:
             rows = vocabulary.lookup(self.w[...], tokens_BT, dtype, self._round)

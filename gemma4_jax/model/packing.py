@@ -1,12 +1,13 @@
 """A model whose linear maps and experts are held as codes, a quarter of the bytes of bfloat16: to sample from, and for QLoRA."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from flax import nnx
 
 from gemma4_jax.errors import UserError
+from gemma4_jax.model.embed import Embedding
 from gemma4_jax.model.gathering import own_dims
 from gemma4_jax.model.linear import Buffer, Weight
 from gemma4_jax.model.parameters import modules
@@ -18,6 +19,9 @@ from gemma4_jax.quant.policy import QuantConfig, apply
 from gemma4_jax.tables import table
 
 M = TypeVar("M", bound=nnx.Module)
+
+LOOKED_UP = "per_layer_embedding"
+"""The role of tables that are only read by rows: most of E2B's bytes."""
 
 
 def grids_for(model: nnx.Module, policy: PolicyName) -> dict[str, str]:
@@ -36,15 +40,16 @@ def packed(model: M, grids: Mapping[str, str], *, consume: bool = False) -> M:
     """The model with the weights at these paths as codes; they have no grid any more, tables keep theirs. Arrays may be abstract.
 
     A weight that lies on that grid already, with learned scales or not, keeps its codes; an adapter it has is in them, and gone.
-    With `consume` a weight's array is deleted once its codes exist, so that not all exist twice.
+    With `consume` a weight's array is deleted once its codes exist, so that not all exist twice. A table that is only read by rows
+    (`tables`) may be among the paths; not on a mesh.
 
     Raises:
       UserError: a path that is no weight here, or a weight whose codes do not fill bytes.
     """
-    if unknown := sorted(grids.keys() - _weights(model).keys()):
+    if unknown := sorted(grids.keys() - _weights(model).keys() - tables(model)):
         raise UserError(f"The codes of {', '.join(unknown[:3])} have no place in this model.")
 
-    def visit(path: str, module: Weight) -> Weight:
+    def visit(path: str, module: Weight | Embedding) -> Weight | Embedding:
         new = copied(module)
         if path not in grids:
             return new
@@ -56,16 +61,24 @@ def packed(model: M, grids: Mapping[str, str], *, consume: bool = False) -> M:
         abstract = isinstance(w, jax.ShapeDtypeStruct)
         codes, scale = jax.eval_shape(lambda m: _codes(m, form), module) if abstract else _codes_now(module, form)
         names = own_dims(module.w)
-        end = len(names) - module.n_out
+        n_in, n_out = (module.n_in, module.n_out) if isinstance(module, Weight) else (len(names) - 1, 0)
+        end = len(names) - n_out
         new.w = Buffer(codes, dims=names, exact=True)  # pyright: ignore[reportAttributeAccessIssue]  # not trained
-        new.packed_scale = Buffer(scale, dims=(*names[: end - module.n_in], "scale_blocks", *names[end:]), exact=True)
-        new.packed, new.grid, new.grid_scale, new.adapter = form, None, None, None
+        new.packed_scale = Buffer(scale, dims=(*names[: end - n_in], "scale_blocks", *names[end:]), exact=True)
+        new.packed, new.grid, new.grid_scale = form, None, None
+        if isinstance(new, Weight):
+            new.adapter = None
         if consume and not abstract:
             jax.block_until_ready((codes, scale))
             w.delete()
         return new
 
-    return map_where(_is_weight, visit, model)
+    return map_where(lambda node: isinstance(node, Weight | Embedding), visit, model)
+
+
+def tables(model: nnx.Module) -> set[str]:
+    """Dotted paths of the tables that are only read by rows: the per-layer embeddings."""
+    return {path for path, module in modules(model) if isinstance(module, Embedding) and module.role == LOOKED_UP}
 
 
 def packed_names(model: nnx.Module) -> dict[str, str]:
@@ -91,13 +104,11 @@ def _weights(model: nnx.Module) -> dict[str, Weight]:
     return {path: module for path, module in modules(model) if isinstance(module, Weight)}
 
 
-def _is_weight(node: Any) -> bool:
-    return isinstance(node, Weight)
-
-
-def _codes(module: Weight, form: Packed) -> tuple[jax.Array, jax.Array]:
-    """uint8 codes with the last input dim shorter, scales [*stack, blocks, *outputs]."""
+def _codes(module: Weight | Embedding, form: Packed) -> tuple[jax.Array, jax.Array]:
+    """uint8 codes with the last input dim shorter, scales [*stack, blocks, *outputs]; of a table shorter rows, [V, blocks]."""
     codes, scale = module.encoded()
+    if isinstance(module, Embedding):
+        return form.pack(codes, -1), scale
     w = module.w.get_value()
     cut, end = w.ndim - module.n_in - module.n_out, w.ndim - module.n_out
     form.check(w.shape[end - 1])
