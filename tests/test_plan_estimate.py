@@ -153,6 +153,7 @@ def test_activations_of_several_rows_are_no_scores():
     tried = job("e2b", (1, 4, 1, 1, 1), rows=8, length=4096)
     taken = [checks._is_activation(hlo.Shape("bf16", dims), tried) for dims in ((2, 4096, 12288), (4096, 1, 12288))]
     assert taken == [True, True]
+    assert checks._is_activation(hlo.Shape("f32", (4096, 4096)), job(rows=64, length=4096))  # 16 key heads of 256, 31B
     for dims in ((2, 8, 4096, 4096), (2, 2, 4096, 4096), (3, 4096, 4096)):
         assert not checks._is_activation(hlo.Shape("bf16", dims), tried), dims
 

@@ -50,7 +50,7 @@ class Job:
     def widths(self) -> set[int]:
         """How wide the activations of one token are on a device."""
         cfg = self.cfg
-        heads = {self.heads * cfg.head_size(kind) for kind in KINDS}
+        heads = {count * cfg.head_size(kind) for kind in KINDS for count in (self.heads, self.kv_heads(kind))}
         rest = {cfg.hidden_size, cfg.head_dim, cfg.global_head_dim, self.per_layer_width} - {0}
         return heads | {self.ffw(stack) for stack in cfg.stacks} | rest
 
