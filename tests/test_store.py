@@ -3,7 +3,11 @@
 import json
 import logging
 import math
+import os
+import resource
 import shutil
+import time
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +254,76 @@ def test_unusable_directories(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be used"):
         Store(tmp_path / "file" / "run")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Orbax's writer says it too
+def test_a_full_disk_is_an_error_and_the_step_before_stays(tmp_path):
+    """A limit on the size of files stands for it: the system refuses to write on, in the middle of the background write."""
+    state = {
+        "params.own.w": jax.random.normal(jax.random.key(0), (256, 1024))
+    }  # more than what pytest keeps of the output
+    with Store(tmp_path / "run") as store:
+        store.save(1, state, {"data": {}})
+        store.wait()
+        assert "committed step 1" in (store.committed() or "")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))
+        try:
+            with pytest.raises(
+                UserError, match=r"Step 2 could not be saved .*File too large.* step 1 is the newest that is"
+            ):
+                said_of(store, 2, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert store.steps() == [1]
+        same(store.restore(1, state)[0], state)
+        store.save(3, state, {"data": {}})  # there is room again
+        store.wait()
+        assert store.steps() == [1, 3]
+
+
+@contextmanager
+def read_only(directory):
+    """For root too, whom permissions do not stop."""
+    directory.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        directory.chmod(0o755)
+
+
+def test_a_directory_that_takes_no_files_is_an_error_at_once(tmp_path):
+    for parent in (tmp_path, *tmp_path.parents):  # so that another user may look inside
+        if parent.is_relative_to(tmp_path.parents[2]):
+            parent.chmod(0o755)
+    with Store(tmp_path / "run") as store:
+        store.save(1, big_state(1), {"data": {}})
+        store.wait()
+        with (
+            read_only(tmp_path / "run"),
+            pytest.raises(UserError, match=r"Step 2 .*takes no files.* step 1 is the newest"),
+        ):
+            said_of(store, 2, big_state(2))
+        assert store.steps() == [1]
+        same(store.restore(1, big_state(1))[0], big_state(1))
+
+
+def said_of(store: Store, step: int, state: dict[str, jax.Array]) -> None:
+    """Saves a step and asks about it until it is committed or has failed, as the training loop does."""
+    store.save(step, state, {"data": {}})
+    while (line := store.committed()) is None:
+        time.sleep(0.01)
+    raise AssertionError(line)
+
+
+def same(got, wanted) -> None:
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
 
 
 def test_orbax_keeps_quiet(tmp_path, caplog):

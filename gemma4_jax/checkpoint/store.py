@@ -6,8 +6,10 @@ is such a step with `params.*` only, so everything that reads a model reads a tr
 
 import dataclasses
 import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,12 +142,11 @@ class Store:
         }
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(dict(arrays)), meta=ocp.args.JsonSave(record))
         scores = {self.metric: record["metrics"][self.metric]} if ranked else None
-        try:
-            self._manager.wait_until_finished()
+        self.wait()
+        self._check_writable(step)
+        with self._saying_what_failed(step):
             self._writing, self._began = step, time.monotonic()
             return self._manager.save(step, args=items, metrics=scores, force=True)
-        except OSError as error:
-            raise UserError(f"Step {step} cannot be saved in {self.directory}: {error}.") from error
 
     def steps(self) -> list[int]:
         """Every committed step in order."""
@@ -207,28 +208,65 @@ class Store:
                 self._bytes = write_file_digests(path)
 
     def committed(self) -> str | None:
-        """Once for every save that has ended since the last call: which step is safe now, its size, and how long it took."""
-        if self._writing is None or self._manager.is_saving_in_progress():
-            return None
-        step, self._writing = self._writing, None
+        """Once for every save that has ended since the last call: which step is safe now, its size, and how long it took.
+
+        Raises UserError where it has failed.
+        """
+        step = self._writing
+        with self._saying_what_failed(step):
+            if step is None or self._manager.is_saving_in_progress():
+                return None
+            self._writing = None
+            self._manager.wait_until_finished()  # a save that failed early is over too, and says so only here
         seconds = time.monotonic() - self._began
         return f"committed step {step}: {self._bytes / 1e9:.3g} GB with digests, {seconds:.1f} s after it was begun"
 
     def wait(self) -> None:
-        """Returns when every started save is committed."""
-        try:
+        """Returns when every started save is committed; UserError where one has failed."""
+        with self._saying_what_failed(self._writing):
             self._manager.wait_until_finished()
-        except OSError as error:
-            raise UserError(f"A checkpoint could not be written to {self.directory}: {error}.") from error
 
     def close(self) -> None:
         """Waits and releases the background threads."""
         self.wait()
         self._manager.close()
 
+    @contextmanager
+    def _saying_what_failed(self, step: int | None) -> Iterator[None]:
+        """Errors of writing as UserError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if (reason := system_error(error)) is None:
+                raise
+            raise self._failed(step, reason) from error
+
+    def _check_writable(self, step: int) -> None:
+        """UserError for a directory that takes no files. Orbax would find out too, and wait five minutes for itself at exit."""
+        path = os.fspath(self.directory)
+        effective = os.access in os.supports_effective_ids
+        if "://" not in path and not os.access(path, os.W_OK | os.X_OK, effective_ids=effective):
+            raise self._failed(step, "the directory is not there or takes no files")
+
+    def _failed(self, step: int | None, reason: str) -> UserError:
+        newest = self.latest() if self.directory.exists() else None
+        whole = "there is no whole step" if newest is None else f"step {newest} is the newest that is whole"
+        return UserError(
+            f"Step {step} could not be saved in {self.directory} ({reason}); {whole}. Make room or give the directory back, and "
+            "run the same command: it goes on from there."
+        )
+
     def _rank(self, metrics: Mapping[str, float]) -> float:
         """A number that is larger for better steps."""
         return rank(metrics[self.metric or ""], self.mode)
+
+
+def system_error(error: Exception) -> str | None:
+    """What the operating system said: of an OSError, or of TensorStore's ValueError, which carries the number; None of others."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return None if number is None else os.strerror(int(number[1]))
 
 
 def save_model(model: Transformer, path: str | os.PathLike[str]) -> None:
@@ -250,8 +288,10 @@ def save_model(model: Transformer, path: str | os.PathLike[str]) -> None:
             checkpointer.save(directory, args=items, force=directory.exists())
         if jax.process_index() == 0:
             write_file_digests(directory)
-    except OSError as error:
-        raise UserError(f"{directory} cannot be written: {error}.") from error
+    except (OSError, ValueError) as error:
+        if (reason := system_error(error)) is None:
+            raise
+        raise UserError(f"{directory} cannot be written: {reason}.") from error
 
 
 def load_model(
