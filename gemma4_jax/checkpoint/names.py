@@ -32,7 +32,7 @@ _TOP = {
     "per_layer.norm.scale": "per_layer_projection_norm.weight",
     "final_norm.scale": "norm.weight",
 }
-_LAYER = {
+LAYER = {
     "pre_attention_norm.scale": "input_layernorm.weight",
     "attention.q.w": "self_attn.q_proj.weight",
     "attention.q_norm.scale": "self_attn.q_norm.weight",
@@ -134,7 +134,7 @@ def _places(model: Any, parameter: str) -> list[tuple[str, tuple[int, ...]]]:
         return names_towers.places(parameter, variables(model)[parameter].get_value().shape)
     stack_name, kind, rest = parameter.split(".", 2)
     stack: LayerStack = getattr(model, stack_name)
-    plan, suffix = stack.plan, _LAYER[rest]
+    plan, suffix = stack.plan, LAYER[rest]
     if kind == "full":
         return [(f"layers.{plan.layer(block, plan.sliding)}.{suffix}", (block,)) for block in range(plan.blocks)]
     return [
@@ -151,11 +151,11 @@ def _matrix(shape: tuple[int, ...], inputs: int, outputs: int) -> tuple[int, ...
 
 
 def _file_order(item: tuple[str, Entry]) -> tuple[int, ...]:
-    """Embeddings, then layers in order, then the rest; inside a layer in the order of `_LAYER`; then the towers."""
+    """Embeddings, then layers in order, then the rest; inside a layer in the order of `LAYER`; then the towers."""
     name = item[0]
     if name.startswith(TOWERS):
         return 1 << 31, *names_towers.order(name)
     layer = re.match(r"layers\.(\d+)\.(.*)", name)
     if layer:
-        return int(layer[1]), list(_LAYER.values()).index(layer[2])
+        return int(layer[1]), list(LAYER.values()).index(layer[2])
     return (-1 if name.startswith("embed_tokens") else 1 << 30), list(_TOP.values()).index(name)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from gemma4_jax.config import KINDS, LayerKind, ModelConfig
@@ -132,6 +133,21 @@ def write(
     return {name: Codes(*map(put, parts[name], new[name])) for name in parts}
 
 
+def forget(cache: Cache, positions_BT: jax.Array, rows: jax.Array | np.ndarray | None = None) -> Cache:
+    """The cache without tokens [B, T] that were the newest (their positions; -1: none): their slots are empty again.
+
+    What stood in these slots before is lost, so a cache whose tokens may be taken back is made with an `ahead` that has room for
+    them: then it was out of every window.
+    """
+    rows = None if rows is None else jnp.asarray(rows)
+    nothing = jnp.full_like(positions_BT, -1)
+    positions: dict[LayerKind, jax.Array] = {
+        kind: write_positions(where, slot_of(positions_BT, where.shape[1]), nothing, rows)
+        for kind, where in cache.positions.items()
+    }
+    return Cache(cache.layers, positions)
+
+
 def _put(old: jax.Array, rows: jax.Array | None, slot_BT: jax.Array, new: jax.Array, dims: tuple) -> jax.Array:
     """old [B, (K,) S, ...] with new [B or P, T, (K,) ...] in the slots; one write per token, of all its heads."""
     mesh = current_mesh()
@@ -162,33 +178,36 @@ def _local(index: jax.Array, size: int, axes: tuple[str, ...]) -> jax.Array:
     return jnp.where((local >= 0) & (local < size), local, size)  # a negative index would count from the end
 
 
-FEW = 16
-"""Rows whose one token each is written by itself."""
+FEW, FEW_ON_CPU = 16, 64
+"""Tokens, of all rows, that are written one by one."""
 
 
 def _put_here(old: jax.Array, rows: jax.Array | None, slot_BT: jax.Array, new: jax.Array) -> jax.Array:
-    """As `_put` on one device. One token of few rows: slices written in place, where one is out of range with what was there.
+    """As `_put` on one device. Few tokens: slices written in place, where one is out of range with what was there.
 
     XLA makes of a scatter on CPU a loop with copies of what it writes to.
     """
     count, length = slot_BT.shape
     rows = jnp.arange(count, dtype=jnp.int32) if rows is None else rows
     slots_at = 1 if old.ndim == 2 else 2
-    if length > 1 or count > FEW:
+    few = FEW_ON_CPU if jax.default_backend() == "cpu" else FEW
+    if count * length > few:
         row = jnp.broadcast_to(rows[:, None], slot_BT.shape)
         at = (row, slot_BT) if old.ndim == 2 else (row, slice(None), slot_BT)
         return old.at[at].set(new, mode="drop")
     shape = (1, *old.shape[1:slots_at], 1, *old.shape[slots_at + 1 :])
 
-    def one(b: int | jax.Array, old: jax.Array) -> jax.Array:
-        row, slot = rows[b], slot_BT[b, 0]
+    def one(i: int | jax.Array, old: jax.Array) -> jax.Array:
+        b, t = i // length, i % length
+        row, slot = rows[b], slot_BT[b, t]
         begin = [jnp.int32(0)] * old.ndim
         begin[0], begin[slots_at] = row, slot
         inside = (row < old.shape[0]) & (slot < old.shape[slots_at])
-        after = jnp.where(inside, new[b].reshape(shape), jax.lax.dynamic_slice(old, begin, shape))
+        after = jnp.where(inside, new[b, t].reshape(shape), jax.lax.dynamic_slice(old, begin, shape))
         return jax.lax.dynamic_update_slice(old, after, begin)
 
-    return one(0, old) if count == 1 else jax.lax.fori_loop(0, count, one, old)
+    tokens = count * length
+    return one(0, old) if tokens == 1 else jax.lax.fori_loop(0, tokens, one, old)
 
 
 def write_rows(parts: dict[str, Codes], chunk: Chunk, new: dict[str, Codes], *, ordered: bool) -> dict[str, Codes]:

@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 import transformers
 from checkpoints import read_tensors, write_checkpoint
+from drafters import DRAFTERS, LOGITS_MAX, compute_drafts, write_drafter
 from expected import TOLERANCES, compute
 from full_size import config_files, shapes_json
 from media import TOLERANCES as MEDIA_TOLERANCES
@@ -45,6 +47,15 @@ def write_media(name: str, directory: Path) -> None:
     arrays, scalars = compute_media(name, MEDIA[name], directory)
     np.savez_compressed(directory / "expected.npz", allow_pickle=False, **arrays)
     (directory / "expected.json").write_text(json.dumps(scalars, indent=1) + "\n")
+    print(f"{name}: {sum(path.stat().st_size for path in directory.iterdir()) / 1e6:.2f} MB")
+
+
+def write_drafts(name: str, directory: Path) -> None:
+    """Writes one drafter: checkpoint and expected.npz."""
+    write_drafter(DRAFTERS[name], directory)
+    np.savez_compressed(
+        directory / "expected.npz", allow_pickle=False, **compute_drafts(DRAFTERS[name], directory, HERE)
+    )
     print(f"{name}: {sum(path.stat().st_size for path in directory.iterdir()) / 1e6:.2f} MB")
 
 
@@ -120,6 +131,24 @@ def compare_media_array(key: str, old: np.ndarray, new: np.ndarray) -> str | Non
     return None if error <= MEDIA_TOLERANCES[kind][0] else f"difference {error:.1e}"
 
 
+def check_drafts(name: str) -> list[str]:
+    """Returns every difference between the committed drafter and one made now."""
+    committed = HERE / name
+    with tempfile.TemporaryDirectory() as scratch:
+        fresh = Path(scratch)
+        write_drafter(DRAFTERS[name], fresh)
+        lines = compare_checkpoints(name, committed, fresh)
+        arrays = compute_drafts(DRAFTERS[name], fresh, HERE)
+    with np.load(committed / "expected.npz") as stored:
+        old = dict(stored)
+    if old.keys() != arrays.keys():
+        return [*lines, f"{name}: other arrays"]
+    for key, new in arrays.items():
+        if old[key].shape != new.shape or not np.allclose(old[key], new, rtol=0, atol=LOGITS_MAX, equal_nan=True):
+            lines.append(f"{name}: {key} differs")
+    return lines
+
+
 def check_preprocessing() -> list[str]:
     """Returns a line if the pixels that transformers makes now are not those committed."""
     stored = json.loads((HERE / "preprocessing.json").read_text())
@@ -173,28 +202,39 @@ def check_full_size() -> list[str]:
     return lines
 
 
+def programs(name: str) -> tuple[Callable[[str, Path], None], Callable[[str], list[str]]]:
+    """Returns what writes and what checks a fixture of this name."""
+    if name in DRAFTERS:
+        return write_drafts, check_drafts
+    return (write_tiny, check_tiny) if name in TINY else (write_media, check_media)
+
+
 def main() -> int:
     """Runs the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare instead of write")
     parser.add_argument(
-        "only", nargs="*", metavar="FIXTURE", help=f"any of {', '.join([*TINY, *MEDIA])}; default: everything"
+        "only",
+        nargs="*",
+        metavar="FIXTURE",
+        help=f"any of {', '.join([*TINY, *MEDIA, *DRAFTERS])}; default: everything",
     )
     arguments = parser.parse_args()
-    if unknown := set(arguments.only) - set(TINY) - set(MEDIA):
-        parser.error(f"unknown fixture {', '.join(sorted(unknown))}; there are {', '.join([*TINY, *MEDIA])}.")
+    if unknown := set(arguments.only) - set(TINY) - set(MEDIA) - set(DRAFTERS):
+        listed = ", ".join([*TINY, *MEDIA, *DRAFTERS])
+        parser.error(f"unknown fixture {', '.join(sorted(unknown))}; there are {listed}.")
     torch.set_num_threads(1)  # the same summation order on every machine, and faster for matrices this small
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    names = arguments.only or [*TINY, *MEDIA]
+    names = arguments.only or [*TINY, *MEDIA, *DRAFTERS]
     if not arguments.check:
         for name in names:
-            (write_tiny if name in TINY else write_media)(name, HERE / name)
+            programs(name)[0](name, HERE / name)
         if not arguments.only:
             write_full_size()
             (HERE / "preprocessing.json").write_text(json.dumps(preprocessing(), indent=1) + "\n")
         return 0
-    lines = [line for name in names for line in (check_tiny if name in TINY else check_media)(name)]
+    lines = [line for name in names for line in programs(name)[1](name)]
     lines += [] if arguments.only else check_full_size() + check_preprocessing()
     print("\n".join(lines) if lines else f"{', '.join(names)}: the committed fixtures equal a fresh computation.")
     return 1 if lines else 0
