@@ -19,10 +19,12 @@ import numpy as np
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.infer import prefix
 from gemma4_jax.infer.cache import CacheConfig
+from gemma4_jax.infer.drafting import Drafting
 from gemma4_jax.infer.prefix import PrefixStore
 from gemma4_jax.infer.request import Request, Running, masks_of
 from gemma4_jax.infer.sampler import Rules
 from gemma4_jax.infer.senses import WHOLE_PICTURE, Senses
+from gemma4_jax.infer.speculate import draft_steps
 from gemma4_jax.infer.steps import (
     NOTHING,
     STEPS,
@@ -36,6 +38,7 @@ from gemma4_jax.infer.steps import (
 )
 from gemma4_jax.infer.weights import parts_of, placed
 from gemma4_jax.model.decode import Decoder
+from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.kv import CACHE_DIMS, Cache, Chunk, empty_cache
 from gemma4_jax.model.layouts import CacheFormat
 from gemma4_jax.model.multimodal import SoftTokens
@@ -120,6 +123,7 @@ class Engine:
         slots: requests that run side by side.
         max_length: most tokens of a prompt and its answer.
         prefixes: the beginnings that are kept.
+        drafting: the drafter and how its guesses fared; None without one.
     """
 
     def __init__(
@@ -132,12 +136,15 @@ class Engine:
         chunk: int = CHUNK,
         consume: bool = False,
         packed: bool = False,
+        drafter: Drafter | None = None,
+        draft_tokens: int = 4,
     ):
         """`chunk` is a power of two from 16. `consume`: the model's own arrays are deleted as they are unrolled.
 
-        `packed`: weights with a grid stay codes, see `weights.parts_of`.
+        `packed`: weights with a grid stay codes, see `weights.parts_of`. `drafter` guesses up to `draft_tokens` tokens for each
+        forward pass, see `speculate`: other speed, the same answers.
 
-        Raises UserError for a cache layout that the model cannot have.
+        Raises UserError for a cache layout that the model cannot have, and for a drafter of another model.
         """
         if chunk not in chunk_sizes(max(chunk, SMALLEST_BUCKET)):
             raise ValueError(f"chunk is a power of two from {SMALLEST_BUCKET}, got {chunk}.")
@@ -146,6 +153,7 @@ class Engine:
         self.max_length = max_length or model.cfg.max_position_embeddings
         self.format = cache.format(model.cfg)
         self.prefixes = PrefixStore(model.cfg, cache.prefix_mb * 10**6)
+        self.drafting = None if drafter is None else Drafting.of(drafter, model.cfg, draft_tokens)
         self._sizes = chunk_sizes(min(chunk, 1 << (self.max_length - 1).bit_length()))
         self._chunk, self._group = self._sizes[-1], min(GROUP, slots)
         if self.cfg.vision is not None and self.cfg.sees_ahead and self._chunk < min(WHOLE_PICTURE, self.max_length):
@@ -241,7 +249,8 @@ class Engine:
                 h, after = self._read_chunk(chunk)
             self._finish(decoder, h, after, Ends(rows * 0, rows, rows * 0 - 1, rows * 0))
         for alone in (False, True)[: self.slots]:
-            self._write(1, alone=alone)
+            for count in (None,) if self.drafting is None else self.drafting.lengths:
+                self._write(1, alone=alone, count=count)
         if self.prefixes.budget:
             count = 1
             while True:
@@ -263,6 +272,8 @@ class Engine:
                 raise ValueError("The weights were released; call update with a model first.")
             self._decoder, towers = parts_of(self._model, consume=self._consume, packed=self._packed)
             self._senses.use(towers)
+            if self.drafting is not None:
+                self.drafting.use(self._decoder)
             if self._consume:
                 self._model = None
         return self._decoder
@@ -275,12 +286,16 @@ class Engine:
         """A longer cache. A slot's tokens keep their places: of full layers slot s holds position s, and rings only grow as
         long as they have not wrapped."""
         decoder = self._ready()
-        fresh = placed(_empty(self.cfg, self.slots, length, str(decoder.compute_dtype), self.format))
+        ahead = 1 if self.drafting is None else self.drafting.ahead
+        fresh = placed(_empty(self.cfg, self.slots, length, str(decoder.compute_dtype), self.format, ahead))
         if self._cache is not None and not self.idle:
             fresh = _copied(self._cache, fresh)
         self._cache = fresh
         if self._progress is None:
-            self._progress, self._all_allowed = placed((Progress.idle(self.slots), self._all_allowed))
+            hidden = None
+            if self.drafting is not None:
+                hidden = jnp.zeros((self.slots, self.cfg.hidden_size), decoder.compute_dtype)
+            self._progress, self._all_allowed = placed((Progress.idle(self.slots, hidden), self._all_allowed))
 
     def _admit(self) -> None:
         """Waiting requests go to free slots."""
@@ -366,8 +381,11 @@ class Engine:
         )
         return np.asarray(token), np.asarray(logprob)
 
-    def _write(self, steps: int, *, alone: bool | None = None) -> None:
-        """Some tokens in all slots that write. One slot alone has a program of its own: idle slots cost as much as busy ones."""
+    def _write(self, steps: int, *, alone: bool | None = None, count: int | None = None) -> None:
+        """Some tokens in all slots that write. One slot alone has a program of its own: idle slots cost as much as busy ones.
+
+        `count`: guesses of a round, where there is a drafter; None: as many as are worth it.
+        """
         running = self._at.running
         writing = [slot for slot, one in enumerate(running) if one is not None and not one.reading]
         alone = len(writing) == 1 if alone is None else alone
@@ -376,23 +394,32 @@ class Engine:
         words = self._all_allowed
         if minds:
             words = jax.device_put(masks_of(running, self.cfg.vocab_size), words.sharding)
-        self._cache, self._progress, tokens, logprobs = decode_steps(
-            self._ready(),
-            self._cache,
-            self._progress,
-            self._at.controls,
-            self._at.ended.copy(),
-            Masks(words, minds),
-            np.int32(1 if minds else steps),
-            np.bool_(bool(self._waiting)),
-            rows,
-            cache_format=self.format,
-        )
-        tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
+        tokens, logprobs = self._call(1 if minds else steps, Masks(words, minds), rows, count)
         for slot in writing:
             one, place = running[slot], slot if rows is None else 0
             assert one is not None
             self._take(one, tokens[place], logprobs[place])
+
+    def _call(self, steps: int, masks: Masks, rows: np.ndarray | None, count: int | None):
+        """The program that writes: tokens and log-probabilities [P, n] in order, -1 where there is none."""
+        ended, eager, drafting = self._at.ended.copy(), np.bool_(bool(self._waiting)), self.drafting
+        before = self._ready(), self._cache, self._progress, self._at.controls, ended, masks
+        if drafting is None:
+            self._cache, self._progress, tokens, logprobs = decode_steps(
+                *before, np.int32(steps), eager, rows, cache_format=self.format
+            )
+            return np.asarray(tokens), np.asarray(logprobs)
+        count = drafting.length() if count is None else count
+        # A constraint knows what may come next only once it has seen the token before.
+        most = np.asarray([0 if _minds([one]) else count for one in self._at.running], np.int32)
+        rounds = np.int32(drafting.rounds_of(steps, count))
+        decoder, *rest = before
+        self._cache, self._progress, tokens, logprobs, verdict = draft_steps(
+            decoder, drafting.ready, *rest, most, rounds, eager, rows, count=count, cache_format=self.format
+        )
+        tokens, logprobs = np.asarray(tokens), np.asarray(logprobs)
+        drafting.learn(tokens, verdict)
+        return tokens.reshape(len(tokens), -1), logprobs.reshape(len(tokens), -1)
 
     def _take(self, running: Running, tokens: np.ndarray, logprobs: np.ndarray) -> None:
         """The newest tokens of a slot; frees it if they end the answer."""
@@ -423,8 +450,8 @@ def _copied(old: Cache, new: Cache) -> Cache:
     return jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice(n, o, (0,) * n.ndim), old, new)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _empty(cfg: ModelConfig, slots: int, length: int, dtype: str, cache_format: CacheFormat) -> Cache:
-    cache = empty_cache(cfg, slots, length, dtype, cache_format=cache_format)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
+def _empty(cfg: ModelConfig, slots: int, length: int, dtype: str, cache_format: CacheFormat, ahead: int) -> Cache:
+    cache = empty_cache(cfg, slots, length, dtype, ahead, cache_format)
     layers = jax.tree.map(lambda x: constrain(x, *CACHE_DIMS[: x.ndim]), cache.layers)
     return Cache(layers, {kind: constrain(where, "batch", "slots") for kind, where in cache.positions.items()})

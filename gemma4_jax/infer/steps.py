@@ -49,18 +49,22 @@ class Controls:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where each slot stands, [B]: its newest token and that token's position, whether it is done, tokens it may still get."""
+    """Where each slot stands, [B]: its newest token and that token's position, whether it is done, tokens it may still get.
+
+    `hidden` [B, D]: the hidden state behind the final norm that gave the newest token, where a drafter goes on from it.
+    """
 
     token: jax.Array
     position: jax.Array
     done: jax.Array
     left: jax.Array
+    hidden: jax.Array | None = None
 
     @classmethod
-    def idle(cls, slots: int) -> "Progress":
+    def idle(cls, slots: int, hidden: jax.Array | None = None) -> "Progress":
         """Nothing is written in any slot."""
         zeros = jnp.zeros(slots, jnp.int32)
-        return cls(zeros, zeros + NOTHING, jnp.ones(slots, bool), zeros + 0)
+        return cls(zeros, zeros + NOTHING, jnp.ones(slots, bool), zeros + 0, hidden)
 
 
 @jax.tree_util.register_dataclass
@@ -199,9 +203,11 @@ def finish(
         h = last_through(
             shared, sources, h, inputs, after, jnp.asarray(ends.position), jnp.asarray(ends.rows), cfg, cache_format
         )
-    logits = head(embed, cfg, norm(h))
+    h = norm(h)
+    logits = head(embed, cfg, h)
     position, left = jnp.asarray(ends.position), jnp.asarray(ends.left)
-    pieces = Progress(jnp.zeros_like(position), position, left == 0, left)
+    hidden = None if progress.hidden is None else h
+    pieces = Progress(jnp.zeros_like(position), position, left == 0, left, hidden)
     new, token, logprob = _extend(pieces, logits, controls, controls.keys(), masks)
     merged = jax.tree.map(lambda old, new: old.at[ends.rows].set(new, mode="drop"), progress, new)
     return merged, token, logprob
@@ -248,7 +254,7 @@ def decode_steps(
     progress = whole
     if rows is not None:
         at = jnp.asarray(rows)
-        progress, controls, masks = _rows(progress, at), _rows(controls, at), _rows(masks, at)
+        progress, controls, masks = of_rows(progress, at), of_rows(controls, at), of_rows(masks, at)
     keys, before = controls.keys(), progress.done
 
     def goes_on(carry):
@@ -274,7 +280,7 @@ def decode_steps(
 R = TypeVar("R")
 
 
-def _rows(arrays: R, rows: jax.Array) -> R:
+def of_rows(arrays: R, rows: jax.Array) -> R:
     """The same of some slots; scalars are everybody's."""
     return jax.tree.map(lambda x: jnp.asarray(x)[rows] if jnp.ndim(x) else x, arrays)
 
@@ -289,5 +295,5 @@ def _extend(
     left = jnp.where(progress.done, progress.left, progress.left - 1)
     ends = (token[:, None] == controls.stop_ids).any(axis=1) | (left <= 0)
     chosen = jnp.where(progress.done, NOTHING, token)
-    new = Progress(token, position, progress.done | ends, left)
+    new = Progress(token, position, progress.done | ends, left, progress.hidden)
     return new, chosen, jnp.where(progress.done, jnp.float32(0), logprob)
