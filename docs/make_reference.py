@@ -15,7 +15,7 @@ PAGE = Path(__file__).parent / "reference.md"
 GROUPS = {  # every public name once, in the order a reader needs them
     "Models": ("ModelConfig", "init", "load", "save_hf", "export"),
     "Text, chats, media": ("Processor", "MediaConfig", "parse_places", "draw_places"),
-    "Answers": ("Sampler", "Completion", "run_agent", "tool_of"),
+    "Answers": ("Sampler", "Completion", "load_drafter", "run_agent", "tool_of"),
     "Mistakes": ("UserError",),
 }
 WIDTH = 110

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same table again, for editors and type checkers
+    from gemma4_jax.checkpoint.drafter import load_drafter
     from gemma4_jax.checkpoint.exports import export
     from gemma4_jax.checkpoint.hf import save_hf
     from gemma4_jax.checkpoint.load import load
@@ -24,6 +25,7 @@ _HOME = {
     "ModelConfig": "config",
     "init": "model.transformer",
     "load": "checkpoint.load",
+    "load_drafter": "checkpoint.drafter",
     "save_hf": "checkpoint.hf",
     "export": "checkpoint.exports",
     "Processor": "processor",
@@ -47,6 +49,7 @@ __all__ = [
     "export",
     "init",
     "load",
+    "load_drafter",
     "parse_places",
     "run_agent",
     "save_hf",

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jax
 
+from gemma4_jax.checkpoint.drafter import load_drafter, read_drafter_config
+from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.pipeline import DataConfig, held_out
 from gemma4_jax.data.records import open_rows
 from gemma4_jax.errors import UserError
@@ -17,6 +19,7 @@ from gemma4_jax.infer import program
 from gemma4_jax.infer.generate import Completion, SampleConfig, Sampler
 from gemma4_jax.infer.prompts import Prompt, conversation, read_prompts
 from gemma4_jax.mesh_choice import decoding_mesh
+from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.processor import Processor
 from gemma4_jax.sharding import check_batch
@@ -36,14 +39,17 @@ def run_sample(run: SampleRun, write: Write = print) -> list[Completion]:
     if run.prompts.chat is not None:  # a file of others must not name whatever it likes
         processor = processor.below(Path(run.prompts.chat).parent)
     check_agreement(cfg, processor)
+    drafter = make_drafter(run.sample, cfg)
     mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh), run.sample.batch_size * (run.sample.max_length or 0))
     with on(mesh):
         # The weights are unrolled for this and needed for nothing else.
-        sampler = _sampler(run.sample, make_model(run.model, run.seed, mesh), processor, consume=True)
+        sampler = _sampler(run.sample, make_model(run.model, run.seed, mesh), processor, drafter, consume=True)
         return program.run_sample(sampler, prompts, run.sample, seed=run.seed, output=run.prompts.output, write=write)
 
 
-def _sampler(how: SampleConfig, model: Transformer, processor: Processor, *, consume: bool = False) -> Sampler:
+def _sampler(
+    how: SampleConfig, model: Transformer, processor: Processor, drafter: Drafter | None, *, consume: bool = False
+) -> Sampler:
     return Sampler(
         model,
         processor,
@@ -52,7 +58,27 @@ def _sampler(how: SampleConfig, model: Transformer, processor: Processor, *, con
         cache=how.cache,
         consume=consume,
         packed=how.packed,
+        drafter=drafter,
+        draft_tokens=how.draft_tokens,
     )
+
+
+def make_drafter(sample: SampleConfig, cfg: ModelConfig) -> Drafter | None:
+    """The drafter of the settings, if there is one. UserError for one of another model."""
+    check_drafter(sample, cfg)
+    try:
+        return None if sample.drafter is None else load_drafter(sample.drafter)
+    except UserError as error:
+        raise UserError(f"sample.drafter: {error}") from None
+
+
+def check_drafter(sample: SampleConfig, cfg: ModelConfig) -> None:
+    """UserError for a drafter of another model, from its config alone."""
+    try:
+        if sample.drafter is not None:
+            read_drafter_config(sample.drafter).check_target(cfg)
+    except UserError as error:
+        raise UserError(f"sample.drafter: {error}") from None
 
 
 def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
@@ -66,6 +92,7 @@ def run_eval(run: EvalRun, write: Write = print) -> dict[str, float]:
     cfg = model_config(run.model)
     processor = make_processor(run.tokenizer, run.model, cfg, run.media)
     check_agreement(cfg, processor, run.data)
+    check_drafter(run.sample, cfg)
     mesh = decoding_mesh(cfg, run.mesh, devices(run.mesh), run.sample.batch_size * (run.sample.max_length or 0))
     check_batch(mesh, run.data.batch_size, run.data.seq_len)
     with on(mesh):
@@ -110,7 +137,8 @@ def _measured(
         results |= held_out_loss(model, processor, run.data, run.eval.max_examples, write)
         write(report.losses(results))
     if set(run.eval.metrics) - {"perplexity"}:
-        sampler = _sampler(run.sample, model, processor.below(Path(run.data.paths[0]).parent))
+        place = Path(run.data.paths[0]).parent
+        sampler = _sampler(run.sample, model, processor.below(place), make_drafter(run.sample, model.cfg))
 
         def generate(prompts: Sequence[Prompt]) -> list[Completion]:
             return program.answer(sampler, prompts, run.sample, seed=run.seed, write=write)
@@ -130,7 +158,8 @@ def _exact_match_of(run: EvalRun, processor: Processor, write: Write) -> Callabl
 
     def ask(model: Transformer) -> float:
         if not samplers:
-            samplers.append(_sampler(run.sample, model, processor.below(Path(run.data.paths[0]).parent)))
+            place = Path(run.data.paths[0]).parent
+            samplers.append(_sampler(run.sample, model, processor.below(place), make_drafter(run.sample, model.cfg)))
         (sampler,) = samplers
         sampler.update(model)
         found = exact_match(

@@ -29,7 +29,7 @@ from test_engine import (
     run,
 )
 
-from gemma4_jax.config import ModelConfig
+from gemma4_jax.config import KINDS
 from gemma4_jax.config_drafter import DrafterConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer import engine, speculate, steps
@@ -37,9 +37,11 @@ from gemma4_jax.infer.cache import CacheConfig
 from gemma4_jax.infer.drafting import Drafting
 from gemma4_jax.infer.engine import Engine
 from gemma4_jax.infer.request import Request, Running
-from gemma4_jax.infer.sampler import Rule
+from gemma4_jax.infer.sampler import Rule, Rules, choose
 from gemma4_jax.model.drafter import Drafter, abstract_drafter
 from gemma4_jax.model.embed import Embedding
+from gemma4_jax.model.kv import Cache
+from gemma4_jax.model.layouts import CacheFormat
 from gemma4_jax.model.parameters import map_arrays
 from gemma4_jax.model.transformer import Transformer
 
@@ -145,7 +147,8 @@ def test_answers_are_the_models_own_whoever_guesses(variant: str, monkeypatch: p
     """Past three windows, greedy and drawn: when no guess holds, when all do, and when rows accept different numbers of them."""
     monkeypatch.setattr(Drafting, "length", lambda self: TOKENS)
     model = model_of(variant)
-    machine = together_only(machine_of(variant, scripted(model, [], wrong=1.0)))
+    cache = CacheConfig("rotate_on_read" if variant == "tiny_26b_a4b" else None)  # of 31B unified, of the others plain
+    machine = together_only(machine_of(variant, scripted(model, [], wrong=1.0), cache))
     work = machine.drafting
     want = run(machine, requests_of())
     assert work.rate < 0.1
@@ -162,12 +165,12 @@ def test_answers_are_the_models_own_whoever_guesses(variant: str, monkeypatch: p
         assert work.tokens_per_pass > (4 if wrong == 0 else 1.5)
 
 
-@pytest.mark.parametrize(("variant", "cache"), [("tiny_31b", CacheConfig()), ("tiny_e2b", CacheConfig(storage="int8"))])
-def test_the_drafter_sees_what_was_accepted_and_nothing_else(variant, cache, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("variant", ["tiny_31b", "tiny_e2b"])
+def test_the_drafter_sees_what_was_accepted_and_nothing_else(variant: str, monkeypatch: pytest.MonkeyPatch):
     """Its guesses after many rejected ones, far beyond the window, are those from a cache that was never drafted into."""
     monkeypatch.setattr(Drafting, "length", lambda self: TOKENS)
     model, drafter = model_of(variant), random_drafter(variant)
-    machine = together_only(machine_of(variant, drafter, cache))
+    machine = together_only(machine_of(variant, drafter))
     running = [machine.submit(Request(prompt, 60, GREEDY)) for prompt in prompts_of((5, 20, 41))]
     while len(running[0].tokens) < 45:
         machine.step(soon=True)
@@ -197,6 +200,134 @@ def test_the_drafter_sees_what_was_accepted_and_nothing_else(variant, cache, mon
         )
 
     hidden, wanted = quick.jit(fresh)(model, machine._decoder, drafter, machine._progress)
-    if cache.storage == "compute":
-        np.testing.assert_allclose(machine._progress.hidden, hidden, atol=2e-3)
+    np.testing.assert_allclose(machine._progress.hidden, hidden, atol=2e-3)  # float32 through other kernels
     np.testing.assert_array_equal(got, wanted)
+
+
+def test_nothing_compiles_after_warm_up_and_every_request_is_answered_as_alone(monkeypatch: pytest.MonkeyPatch):
+    """Forms, stop ids, kept beginnings and streams beside guesses; the same answers whether tokens are guessed or not."""
+    target = model_of("tiny_e2b")
+    sizes = dict(slots=2, max_length=LENGTH, cache=CacheConfig(storage="int8", prefix_mb=10), chunk=16)
+    machine = Engine(target, **sizes, drafter=random_drafter("tiny_e2b"), draft_tokens=1)
+    machine.warm_up()
+    rng = np.random.default_rng(3)
+    shared = rng.integers(3, 128, 40).tolist()
+
+    def requests():
+        draws = np.random.default_rng(4)
+        for i in range(20):
+            tokens = (shared[: draws.integers(0, 41)] + draws.integers(3, 128, draws.integers(1, 40)).tolist())[:90]
+            rule = [GREEDY, HOT, Rule(), Rule(top_k=0, top_p=0.5), Rule(min_p=0.2)][i % 5]
+            stops = tuple(draws.integers(0, 128, draws.integers(0, 20)).tolist())
+            bound = Only(list(range(20, 70)), 3) if i % 7 == 0 else None
+            yield Request(tokens, int(draws.integers(1, 22)), rule, i, 0, stops, constraint=bound)
+
+    answers = {}
+    with compilations() as compiled:
+        for count in (0, 1):
+            monkeypatch.setattr(Drafting, "length", lambda self, count=count: count)
+            machine.prefixes.clear()
+            answers[count] = run(machine, list(requests()))
+            assert any(one.reused for one in answers[count])
+        assert compiled == []
+    assert machine.drafting.drafted > 0
+    assert_same(answers[1], answers[0])
+    assert all(set(one.tokens) <= {*range(20, 70), *one.request.stop_ids} for one in answers[1][::7])
+    assert {one.reason for one in answers[1]} == {"stop", "length"}
+
+
+class Chain:
+    """A model whose next token depends on the newest alone, so that what it should draw can be written down."""
+
+    def __init__(self, logits_VV: np.ndarray):
+        self.table = jnp.asarray(logits_VV)
+
+    def step(self, tokens_BT, positions_BT, cache, cache_format, rows):
+        return jax.nn.one_hot(tokens_BT, len(self.table)), cache
+
+    def logits(self, hidden_BTD):
+        return jnp.einsum("BTD,DV->BTV", hidden_BTD, self.table)
+
+
+@pytest.mark.parametrize("guesser", ["likeliest", "any", "same noise"])
+def test_what_is_drawn_has_the_models_distribution_whoever_guesses(guesser: str):
+    """Three tokens of a vocabulary of five, many times: as often as their probabilities say, top-k rule included."""
+    rng, vocab, times = np.random.default_rng(7), 5, 6_000
+    logits = rng.normal(0, 1.2, (vocab, vocab)).astype(np.float32)
+    rule = Rule(temperature=0.8, top_k=4, top_p=1.0)
+    chain = Chain(logits)
+    row = np.zeros(times, np.int32)
+    rules = Rules(*(np.full(times, x) for x in (np.float32(0.8), np.int32(4), np.float32(1), np.float32(0))))
+    controls = steps.Controls(rules, row.astype(np.uint32), np.arange(times, dtype=np.int32), row[:, None] - 1)
+    masks = steps.Masks(np.full((times, 1), 2**32 - 1, np.uint32), np.bool_(False))
+    empty = Cache((), {kind: jnp.full((times, 8), -1, jnp.int32) for kind in KINDS})
+
+    def guesses_of(token, key):
+        if guesser == "any":
+            return jax.random.randint(key, (times, 2), 0, vocab, jnp.int32)
+        first = chain.table[token].argmax(axis=-1).astype(jnp.int32)
+        second = chain.table[first].argmax(axis=-1).astype(jnp.int32)
+        return jnp.stack([first, second], axis=1)
+
+    @quick.jit
+    def draw():
+        keys = controls.keys()
+        progress = steps.Progress(row + 0, row + 3, row > 0, row + 3, jnp.zeros((times, vocab)))
+        found = jnp.full((times, 3), -1, jnp.int32)
+        for number in range(3):  # every round gives a token
+            if guesser == "same noise":
+                first, _ = choose(chain.table[progress.token], rules, speculate._keys_at(keys, progress.position + 1))
+                guesses = jnp.stack([first, first], axis=1)
+            else:
+                guesses = guesses_of(progress.token, jax.random.key(number))
+            before = progress.position - 3
+            _, progress, tokens, _, verdict = speculate._judged(
+                chain, empty, progress, controls, keys, masks, row + 2, guesses, None, CacheFormat()
+            )
+            for place in range(3):
+                at = jnp.where(tokens[:, place] >= 0, before + place, 3)
+                found = found.at[jnp.arange(times), at].set(tokens[:, place], mode="drop")
+            if not number:
+                first_verdict = verdict
+        return found, progress.done, first_verdict
+
+    found, done, verdict = (jax.tree.map(np.asarray, x) for x in draw())
+    assert done.all()
+    kept = np.where(logits >= np.sort(logits, axis=1)[:, -rule.top_k][:, None], logits / rule.temperature, -np.inf)
+    p = np.exp(kept - kept.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    expected = (p[0][:, None, None] * p[:, :, None] * p[None]).ravel() * times
+    counts = np.bincount(np.ravel_multi_index(found.T, (vocab,) * 3), minlength=vocab**3)
+    assert counts[expected == 0].sum() == 0
+    some = expected > 0
+    statistic = ((counts - expected)[some] ** 2 / expected[some]).sum()
+    cells = some.sum() - 1
+    assert statistic < cells + 5 * (2 * cells) ** 0.5, "more than five deviations of chi-square"
+    share = verdict.accepted.sum() / (verdict.accepted.sum() + verdict.rejected.sum())
+    assert {"likeliest": share > 0.3, "any": 0.1 < share < 0.3, "same noise": share > 0.4}[guesser]
+
+
+def test_the_number_of_guesses_follows_how_they_fare():
+    work = Drafting(random_drafter("tiny_31b"), 8)
+    work._cost = 0.1
+    assert work.lengths == (0, 4, 8)
+    chosen = {}
+    for name, (accepted, rejected) in {"good": (8, 0), "fair": (2, 2), "bad": (0, 3)}.items():
+        for _ in range(60):
+            work.learn(
+                np.zeros((1, 1, 9), np.int32), speculate.Verdict(np.int32(8), np.int32(accepted), np.int32(rejected))
+            )
+        chosen[name] = work.length()
+    assert chosen == {"good": 8, "fair": 4, "bad": 0}
+    later = [work.length() for _ in range(40)]
+    assert 2 <= later.count(4) <= 3, "now and then some are made, for texts differ"
+    assert work.report() == f"{work.accepted / work.drafted:.0%} of 1440 guesses held, 9.0 tokens a pass"
+
+
+def test_a_drafter_of_another_model_is_refused():
+    for drafter, tokens, sentence in (
+        (random_drafter("tiny_e2b"), 4, "its key/value heads of sliding layers is 1, the model's 4"),
+        (random_drafter("tiny_31b"), 0, "draft_tokens lies in 1 to 16, got 0"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            Engine(model_of("tiny_31b"), slots=1, max_length=LENGTH, drafter=drafter, draft_tokens=tokens)

@@ -56,8 +56,7 @@ class Drafting:
     @classmethod
     def of(cls, drafter: Drafter, target: ModelConfig, tokens: int) -> "Drafting":
         """UserError for a drafter of another model, or a number of guesses outside 1 to MOST."""
-        if not 1 <= tokens <= MOST:
-            raise UserError(f"draft_tokens lies in 1 to {MOST}, got {tokens}.")
+        check_tokens(tokens, "draft_tokens")
         drafter.cfg.check_target(target)
         return cls(drafter, tokens)
 
@@ -125,6 +124,12 @@ class Drafting:
     def report(self) -> str:
         """`61 % of 812 guesses held, 2.4 tokens a pass`."""
         return f"{self.rate:.0%} of {self.drafted} guesses held, {self.tokens_per_pass:.1f} tokens a pass"
+
+
+def check_tokens(tokens: int, name: str) -> None:
+    """UserError for a number of guesses that no round makes."""
+    if not 1 <= tokens <= MOST:
+        raise UserError(f"{name} lies in 1 to {MOST}, got {tokens}.")
 
 
 def read_bytes(drafter: Drafter) -> float:

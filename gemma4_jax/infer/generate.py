@@ -9,12 +9,14 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.cache import CacheConfig
 from gemma4_jax.infer.constraint import Constraint
+from gemma4_jax.infer.drafting import check_tokens
 from gemma4_jax.infer.engine import Engine
 from gemma4_jax.infer.output_form import FormConfig, FormOptions, OutputForm
 from gemma4_jax.infer.prompts import EncodedPrompt, Prompt, encode_prompt
 from gemma4_jax.infer.request import Reason, Request, Running
 from gemma4_jax.infer.sampler import Rule
 from gemma4_jax.media.frontend import FrontEnd
+from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.options import option
 from gemma4_jax.processor import Processor
@@ -36,6 +38,10 @@ class SampleConfig:
     packed: bool = option(
         False, "keep the codes of a quantised checkpoint as codes, decoded as they are used: little memory, slow on CPU"
     )
+    drafter: str | None = option(
+        None, "Hugging Face directory of the model's drafter, which guesses tokens ahead: the same answers, sooner"
+    )
+    draft_tokens: int = option(4, "most tokens the drafter guesses at a time; fewer where its guesses do not hold")
     cache: CacheConfig = option(factory=CacheConfig, help="how keys and values are kept")
     form: FormConfig = option(factory=FormConfig, help="what answers look like")
 
@@ -44,6 +50,7 @@ class SampleConfig:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"sample.{name} is at least 1, got {getattr(self, name)}.")
+        check_tokens(self.draft_tokens, "sample.draft_tokens")
 
 
 @dataclass(frozen=True)
@@ -155,15 +162,19 @@ class Sampler:
         cache: CacheConfig = CacheConfig(),  # noqa: B008
         consume: bool = False,
         packed: bool = False,
+        drafter: Drafter | None = None,
+        draft_tokens: int = 4,
     ):
         """`max_length=None` is the model's context; memory is taken for what calls need, unless `warm_up` takes all of it.
 
         `consume`: the weights are needed for nothing else, so that they need not be held twice; `model` cannot be used after.
         `packed`: weights with a grid stay codes in memory, a few bits each, and are decoded as they are multiplied.
+        `drafter`: guesses up to `draft_tokens` tokens ahead, which one pass of the model judges: the same answers, sooner
+        (`load_drafter`). How its guesses fare stands in `engine.drafting`.
 
         Raises:
             UserError: max_length beyond the context, batch_size below 1, a tokenizer of another vocabulary, a cache layout that
-                the model cannot have.
+                the model cannot have, a drafter of another model.
         """
         cfg = model.cfg
         self.max_length = cfg.max_position_embeddings if max_length is None else max_length
@@ -183,7 +194,14 @@ class Sampler:
         self.stop_ids = () if processor is None else processor.stop_ids
         self._cfg = cfg
         self.engine = Engine(
-            model, slots=batch_size, max_length=self.max_length, cache=cache, consume=consume, packed=packed
+            model,
+            slots=batch_size,
+            max_length=self.max_length,
+            cache=cache,
+            consume=consume,
+            packed=packed,
+            drafter=drafter,
+            draft_tokens=draft_tokens,
         )
 
     def update(self, model: Transformer) -> None:

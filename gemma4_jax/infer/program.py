@@ -40,8 +40,11 @@ def run_sample(
             file.close()
     tokens = sum(len(completion.tokens) for completion in completions)
     where = "" if output is None else f"; written to {output}"
+    drafting = sampler.engine.drafting
+    guessed = "" if drafting is None else f"; {drafting.report()}"
     count = f"{len(completions)} answer{'s' * (len(completions) != 1)}"
-    write(f"\n{count}, {tokens} tokens in {seconds:.1f} s with compiling: {tokens / seconds:.1f} tokens/s{where}")
+    rate = f"{tokens / seconds:.1f} tokens/s"
+    write(f"\n{count}, {tokens} tokens in {seconds:.1f} s with compiling: {rate}{guessed}{where}")
     return completions
 
 
