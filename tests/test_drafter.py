@@ -50,9 +50,10 @@ def target_of(name: str) -> Transformer:
 def drafted(target: Transformer, drafter: Drafter, tokens_T, *, layout: str):
     """What the drafter says behind a prompt whose last token the target has not read: logits, ids, hidden of each step."""
     cfg, cache_format = target.cfg, CacheFormat(layout)
-    last = tokens_T.shape[0] - 1
-    positions = jnp.arange(last, dtype=jnp.int32)[None]
-    h, cache = target.prefill(tokens_T[None, :-1], positions, 64, DRAFTS + 2, cache_format)
+    last = (tokens_T >= 0).sum() - 1
+    place = jnp.arange(tokens_T.shape[0], dtype=jnp.int32)
+    read = (jnp.maximum(tokens_T, 0)[None], jnp.where(place < last, place, -1)[None])
+    h, cache = target.prefill(*read, 64, DRAFTS + 2, cache_format)
     views = {}
     for kind, index in producers(cfg).items():
         stack = target.own
@@ -60,16 +61,21 @@ def drafted(target: Transformer, drafter: Drafter, tokens_T, *, layout: str):
         last_block = -1 if kind == "full" else (-1, -1)
         layer = jax.tree.map(lambda x, at=last_block: x[at], layer)
         views[kind] = view_of(layer, cfg, cache_format, cache.layers[index], cache.positions[kind])
-    token, hidden, found = tokens_T[last:], h[:, -1], []
+    token, hidden, found = tokens_T[last][None], h[:, last - 1], []
     for _ in range(STEPS):
         state, hidden = drafter.step(
-            target.embed.lookup(token[None], "float32")[0], hidden, jnp.full(1, last, jnp.int32), views
+            target.embed.lookup(token[None], "float32")[0], hidden, last.astype(jnp.int32)[None], views
         )
         logits, ids = drafter.scores(state)
         place = logits.argmax(axis=-1)
         token = place.astype(jnp.int32) if ids is None else ids[0, place]
         found.append((logits[0], None if ids is None else ids[0], hidden[0], token))
     return found
+
+
+def padded(tokens: np.ndarray) -> np.ndarray:
+    """To the longest of the prompts, so that one program serves all."""
+    return np.concatenate([tokens, np.full(41 - tokens.size, -1, np.int32)])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,7 @@ def test_the_drafter_says_what_transformers_says(name: str, layout: str):
     for prompt in range(2):
         want = {key: wanted[f"{prompt}/{key}"] for key in ("tokens", "drafts", "logits", "hidden")}
         for step, (logits, ids, hidden, token) in enumerate(
-            drafted(target_of(name), drafter, want["tokens"], layout=layout)
+            drafted(target_of(name), drafter, padded(want["tokens"]), layout=layout)
         ):
             assert token[0] == want["drafts"][step]
             np.testing.assert_allclose(hidden, want["hidden"][step], atol=TOLERANCE)
