@@ -41,6 +41,7 @@ from gemma4_jax.model.kv import Cache
 from gemma4_jax.model.layouts import CacheFormat
 from gemma4_jax.model.parameters import map_arrays
 from gemma4_jax.model.transformer import Transformer
+from gemma4_jax.sharding import make_mesh
 
 TOKENS, CHUNK = 4, 16
 NEW = 3 * WINDOW + 5
@@ -351,3 +352,33 @@ def test_a_drafter_of_another_model_is_refused():
     ):
         with pytest.raises(UserError, match=sentence):
             Engine(model_of("tiny_31b"), slots=1, max_length=LENGTH, drafter=drafter, draft_tokens=tokens)
+    with (
+        jax.set_mesh(make_mesh({"tensor": 8})),
+        pytest.raises(UserError, match=r"mesh\.tensor=8 cannot share out 4 query"),
+    ):
+        Drafting.of(random_drafter("tiny_e2b"), model_of("tiny_e2b").cfg, 4)
+
+
+@pytest.mark.slow
+def test_the_cache_is_updated_in_place():
+    """With XLA's optimisations: guessing ahead holds no second cache."""
+    machine = Engine(model_of("tiny_e2b"), slots=4, max_length=2048, drafter=random_drafter("tiny_e2b"))
+    machine.reserve(2048)
+    size = sum(x.nbytes for x in jax.tree.leaves(machine._cache))
+    masks = steps.Masks(machine._all_allowed, np.bool_(False))
+    before = machine._cache, machine._progress, machine._at.controls, machine._at.ended, masks
+    most, one = np.full(4, TOKENS, np.int32), np.int32(1)
+    lowered = speculate.draft_steps.lower(
+        machine._decoder,
+        machine.drafting.ready,
+        *before,
+        most,
+        one,
+        np.bool_(False),
+        None,
+        count=TOKENS,
+        cache_format=machine.format,
+    )
+    memory = lowered.compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < 0.2 * size

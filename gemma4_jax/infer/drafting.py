@@ -5,14 +5,16 @@ import dataclasses
 import jax
 import numpy as np
 
-from gemma4_jax.config import ModelConfig
+from gemma4_jax.config import KINDS, ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.speculate import Verdict
 from gemma4_jax.infer.steps import STEPS
 from gemma4_jax.infer.weights import placed
+from gemma4_jax.model.attend import check_heads
 from gemma4_jax.model.decode import Decoder
 from gemma4_jax.model.drafter import Drafter
 from gemma4_jax.model.parameters import in_compute_dtype
+from gemma4_jax.sharding import current_mesh
 
 MOST = 16
 """Guesses of a round beyond which no drafter is worth asking."""
@@ -55,9 +57,16 @@ class Drafting:
 
     @classmethod
     def of(cls, drafter: Drafter, target: ModelConfig, tokens: int) -> "Drafting":
-        """UserError for a drafter of another model, or a number of guesses outside 1 to MOST."""
+        """UserError for a drafter of another model or with too few heads for the mesh, or guesses outside 1 to MOST."""
         check_tokens(tokens, "draft_tokens")
         drafter.cfg.check_target(target)
+        mesh, text = current_mesh(), drafter.cfg.text
+        tensor = 1 if mesh is None else mesh.shape["tensor"]
+        for kind in KINDS:
+            try:
+                check_heads(tensor, text.num_attention_heads, text.kv_heads(kind))
+            except UserError as error:
+                raise UserError(f"The drafter does not go with this mesh: {error}") from None
         return cls(drafter, tokens)
 
     @property
@@ -85,6 +94,10 @@ class Drafting:
         """Guesses for this model from now on, in its dtype."""
         self._ready = placed(in_compute_dtype(self.module, decoder.compute_dtype))
         self._cost = read_bytes(self._ready) / max(1, _decoder_bytes(decoder))
+
+    def rest(self) -> None:
+        """Lets go of the weights in another dtype than the drafter's own."""
+        self._ready = self.module
 
     @property
     def ready(self) -> Drafter:

@@ -177,6 +177,8 @@ class Engine:
         self._decoder: Decoder | None = None
         self._senses.use(None)
         self.prefixes.clear()
+        if self.drafting is not None:
+            self.drafting.rest()
         if model is None:
             self._cache, self._progress = None, None
         elif consume:
