@@ -320,6 +320,34 @@ class Sound(Target):
         waveform(self.directory / "sound.wav")
 
 
+class Video(Target):
+    """Films: MP4 and WebM, with and without their sound."""
+
+    def __init__(self, directory: Path):
+        super().__init__(directory)
+        import av
+
+        self.seeds = []
+        for form, codec in (("mp4", "mpeg4"), ("webm", "libvpx")):
+            buffer = io.BytesIO()
+            with av.open(buffer, "w", format=form) as container:
+                stream: Any = container.add_stream(codec, rate=8)
+                stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+                for shade in range(0, 240, 30):
+                    frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), shade, np.uint8), format="rgb24")
+                    container.mux(stream.encode(frame))
+                container.mux(stream.encode())
+            self.seeds.append(buffer.getvalue())
+
+    def case(self, generator):
+        (self.directory / "film").write_bytes(changed_bytes(generator.choice(self.seeds), generator))
+
+    def read(self):
+        from gemma4_jax.media.videos import film_of
+
+        film_of(self.directory / "film", 4, listen=True)
+
+
 WHAT: dict[str, type[Target]] = {
     "safetensors": Safetensors,
     "index": Index,
@@ -328,6 +356,7 @@ WHAT: dict[str, type[Target]] = {
     "tokenizer": TokenizerFile,
     "image": Image,
     "sound": Sound,
+    "video": Video,
 }
 
 
@@ -378,11 +407,25 @@ def _one(target: Target) -> tuple[str, bool]:
         return f"{type(error).__name__}: {str(error)[:200]}", False
     computed, passed = time.process_time() - began[0], time.perf_counter() - began[1]
     peak = tracemalloc.get_traced_memory()[1] - before
+    if computed > 1 or passed > WAIT:  # tracing itself slows a read with many small objects down by ten
+        computed, passed = _untraced(target)
     if computed > 1 or passed > WAIT:
         return f"computed {computed:.1f} s and took {passed:.1f} s", refused
     if peak > 2 * size + LIMIT:
         return f"held {peak:,} bytes for a file of {size:,}", refused
     return "", refused
+
+
+def _untraced(target: Target) -> tuple[float, float]:
+    """Seconds of CPU and of the clock that a read takes by itself."""
+    tracemalloc.stop()
+    began = time.process_time(), time.perf_counter()
+    with warnings.catch_warnings(), contextlib.suppress(UserError):
+        warnings.simplefilter("ignore")
+        target.read()
+    seconds = time.process_time() - began[0], time.perf_counter() - began[1]
+    tracemalloc.start()
+    return seconds
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from fuzz import WHAT, fuzz
 
-NEEDS = {"image": "PIL", "sound": "soundfile"}
+NEEDS = {"image": "PIL", "sound": "soundfile", "video": "av"}
 
 
 @pytest.mark.parametrize("name", WHAT)

@@ -327,6 +327,13 @@ def test_bad_videos(case):
     assert error.value.reason == reason
 
 
+def test_a_film_of_an_unknown_kind():
+    data = movie([picture(48, 64, i) for i in range(4)], fps=8, form="matroska")
+    assert b"V_MPEG4/ISO/ASP" in data
+    with pytest.raises(MediaError, match=r"^Row 3: the bytes holds frames of a kind that PyAV does not know"):
+        film_of(data.replace(b"V_MPEG4/ISO/ASP", b"V_MPEG9/ISO/ASP"), 4, where="Row 3")
+
+
 def test_a_sound_file_is_no_video():
     pytest.importorskip("av", reason="videos need PyAV: the extra `media`")
     with pytest.raises(MediaError, match="has no video stream"):

@@ -121,6 +121,8 @@ def _container(file: Path | io.BytesIO, where: str) -> Iterator[Any]:
     try:
         with av.open(str(file) if isinstance(file, Path) else file) as container:
             yield container
+    except MediaError:  # a ValueError too, which says all
+        raise
     except (av.FFmpegError, ValueError) as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise MediaError("not a video", f"{where}: {name_of(file)} cannot be decoded ({reason}).") from None
@@ -141,6 +143,8 @@ def _check_count(total: int, where: str) -> int:
 
 
 def _check_pixels(stream: Any, where: str, name: str) -> None:
+    if stream.codec_context is None:
+        raise MediaError("not a video", f"{where}: {name} holds frames of a kind that PyAV does not know.")
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MOST_PIXELS:
         text = f"{where}: {name} has frames of {width} x {height} pixels; at most {MOST_PIXELS} are read."
