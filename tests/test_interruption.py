@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from gemma4_jax.checkpoint.steps import committed_steps
 from gemma4_jax.checkpoint.store import Store
 from gemma4_jax.errors import Preempted, UserError
-from gemma4_jax.train.interruption import STALLED
+from gemma4_jax.train.interruption import STALLED, Notices
 from gemma4_jax.train.loop import Hooks, TrainConfig, resume, train
 from gemma4_jax.train.metrics import Meter
 from gemma4_jax.train.recorder import Recorder
@@ -148,6 +149,47 @@ def test_a_run_told_to_end_saves_goes_on_and_ends_with_the_same_bits(tmp_path, k
     again = run(tmp_path / "cut", Counting())
     assert int(again.step) == STEPS
     np.testing.assert_array_equal(np.asarray(again.params["w"]), np.asarray(wanted.params["w"]))
+
+
+class Service:
+    """JAX's preemption service: a run ends at the step after the last that any process asked about when the notice came."""
+
+    def __init__(self):
+        self.asked, self.last = 0, None
+
+    def notice(self) -> None:
+        self.last = self.asked + 1
+
+    def reached(self, step: int) -> bool:
+        self.asked = step
+        return step == self.last
+
+
+@pytest.mark.parametrize(("told_in", "last"), [(None, 4), (4, 5), (6, 7)])
+def test_processes_that_go_on_hear_a_notice_whenever_it_comes(tmp_path, monkeypatch, told_in, last):
+    """Also before the first step of this run, which is not the first of all: None, and while that step is compiled."""
+    with pytest.raises(Preempted):
+        run(tmp_path / "run", Counting(), step=told_in_step(3))
+    service = Service()
+
+    def of_several(notices):
+        notices._alone = notices._listens = False
+        return notices
+
+    monkeypatch.setattr(Notices, "__enter__", of_several)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", service.reached)
+    if told_in is None:
+        service.notice()
+
+    def step(state, batch, teacher):
+        if int(state.step) == told_in:
+            service.notice()
+        return add(state, batch, teacher)
+
+    with pytest.raises(Preempted, match=f"ended after step {last}"):
+        run(tmp_path / "run", Counting(), step=step)
+    with Store(tmp_path / "run") as store:
+        assert store.latest() == last
 
 
 def test_a_run_whose_updates_are_all_skipped_is_ended_and_what_was_good_is_kept(tmp_path):

@@ -43,6 +43,14 @@ class Notices:
         if self._listens:
             signal.signal(signal.SIGTERM, self._before)
 
+    def resumed(self, step: int) -> bool:
+        """Whether the run ends before it begins, after `step` that an earlier one did; every process asks once, first of all.
+
+        JAX's service ends a run at the step after the last that any process has asked about. One that asked about nothing yet
+        ends at step 1, which a resumed run would never ask about: so it asks about all that are done, a microsecond each.
+        """
+        return not self._alone and any(self.reached(each) for each in range(1, step + 1))
+
     def reached(self, step: int) -> bool:
         """Whether the run ends after `step`; every process asks after every step."""
         return self._told if self._alone else multihost_utils.reached_preemption_sync_point(step)

@@ -158,7 +158,8 @@ def train(
     started = done = int(state.step)
     with Notices() as notices, Watchdog(config.stall_seconds) as watchdog:
         aside = _Aside(config, template, store, meta, recorder, meter, hooks, watchdog)
-        while done < config.steps:
+        ended = notices.resumed(started)
+        while done < config.steps and not ended:
             place = batches.state()
             watchdog.beat("reading data")
             with notices.waiting():
@@ -177,8 +178,7 @@ def train(
             done += 1
             place = batches.state()
             aside.after_step(done, state, place, metrics)
-            if done < config.steps and notices.reached(done):
-                break
+            ended = done < config.steps and notices.reached(done)
         if done < config.steps:
             hooks.write(f"told to end after step {done} of {config.steps}")
             if done > started:
