@@ -1,6 +1,7 @@
 """Sampling from codes: the tokens of the rounded weights, a seventh of their bytes, and a word where there are no codes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,6 +9,7 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.generate import Sampler
 from gemma4_jax.infer.weights import decoder_of, parts_of
+from gemma4_jax.model.embed import Embedding
 from gemma4_jax.model.linear import Weight
 from gemma4_jax.model.parameters import arrays, map_arrays, modules
 from gemma4_jax.model.transformer import init
@@ -81,14 +83,19 @@ def test_per_layer_embeddings_are_looked_up_among_codes():
     """Two thirds of E2B's bytes: rows of codes, decoded where they are read; not on a mesh, where rows travel as numbers."""
     cfg = ModelConfig.variant("tiny_e2b", vocab_size=128, num_hidden_layers=10, num_kv_shared_layers=5)
     model = apply(init(cfg, 1), QuantConfig())
-    table = parts_of(model, packed=True)[0].per_layer.table
-    assert table.w[...].dtype == np.uint8
-    tokens = np.arange(128).reshape(8, 16)
-    wanted = model.per_layer.table.lookup(tokens, "float32")
-    np.testing.assert_array_equal(table.lookup(tokens, "float32"), wanted)
-    assert np.abs(wanted - init(cfg, 1).per_layer.table.lookup(tokens, "float32")).max() > 0
+
+    def table(of) -> Embedding:
+        assert of.per_layer is not None
+        return of.per_layer.table
+
+    codes = table(parts_of(model, packed=True)[0])
+    assert codes.w[...].dtype == np.uint8
+    tokens = jnp.arange(128).reshape(8, 16)
+    wanted = table(model).lookup(tokens, "float32")
+    np.testing.assert_array_equal(codes.lookup(tokens, "float32"), wanted)
+    assert np.abs(wanted - table(init(cfg, 1)).lookup(tokens, "float32")).max() > 0
     with jax.set_mesh(make_mesh({"fsdp": 8})):
-        assert parts_of(model, packed=True)[0].per_layer.table.w[...].dtype == np.float32
+        assert table(parts_of(model, packed=True)[0]).w[...].dtype == np.float32
 
 
 def test_there_must_be_codes():

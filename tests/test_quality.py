@@ -60,9 +60,9 @@ def test_numbers_are_those_of_the_logits(model):
     assert found["tokens"] == 2 * batch["loss_weights"].sum()
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     place = parameter_shardings(mesh)
-    placed = [map_arrays(lambda name, v: jax.device_put(v.get_value(), place(name, v)), x) for x in (other, model)]
+    one, two = (map_arrays(lambda name, v: jax.device_put(v.get_value(), place(name, v)), x) for x in (other, model))
     with jax.set_mesh(mesh):
-        cut = divergence(*placed, [batch, batch])
+        cut = divergence(one, two, [batch, batch])
     assert cut == pytest.approx(found, rel=1e-4)
     with pytest.raises(UserError, match="no trained token"):
         divergence(other, model, [{**batch, "loss_weights": jnp.zeros((2, 70))}])

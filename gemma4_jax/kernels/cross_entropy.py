@@ -201,9 +201,9 @@ def _forward(options: Options, *given: Any) -> tuple[tuple[jax.Array, Sums], tup
 def _on_mesh(options: Options, local, teacher: Teacher, out):
     cut = options.cut
     ours = cut.vectors, cut.table
-    said = (
-        (cut.vectors, cut.vectors) if isinstance(teacher, Likeliest) else PartitionSpec() if teacher is None else ours
-    )
+    said = PartitionSpec() if teacher is None else ours
+    if isinstance(teacher, Likeliest):
+        said = Likeliest(cut.vectors, cut.vectors)
     return island(cut, local, (*ours, cut.tokens, cut.tokens, said), out)
 
 
