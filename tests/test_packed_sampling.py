@@ -81,7 +81,8 @@ def test_bytes_fall(model):
 
 def test_per_layer_embeddings_are_looked_up_among_codes():
     """Two thirds of E2B's bytes: rows of codes, decoded where they are read; not on a mesh, where rows travel as numbers."""
-    cfg = ModelConfig.variant("tiny_e2b", vocab_size=128, num_hidden_layers=10, num_kv_shared_layers=5)
+    sizes = dict(layer_period=2, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size=64, intermediate_size=64)
+    cfg = ModelConfig.variant("tiny_e2b", vocab_size=128, **sizes)
     model = apply(init(cfg, 1), QuantConfig())
 
     def table(of) -> Embedding:
