@@ -297,6 +297,10 @@ class PlanRun(Run):
     def __post_init__(self):
         if self.plan.step != "qat" and self.quant != QuantConfig():
             raise UserError(f"config.quant belongs to plan.step=qat; plan.step={self.plan.step} does not read it.")
+        if self.quant.teacher_cache is not None:
+            raise UserError(
+                "config.quant.teacher_cache is for training; to plan a step without a teacher set config.quant.distill_weight=0."
+            )
         if self.plan.step != "lora" and self.lora != LoraConfig():
             raise UserError(f"config.lora belongs to plan.step=lora; plan.step={self.plan.step} does not read it.")
 

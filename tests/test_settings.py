@@ -317,6 +317,12 @@ def test_summary_shows_only_what_differs():
     assert summary(got).split() == ["convert.source", "a", "convert.target", "b"]
 
 
+def test_a_plan_reads_no_answers_of_a_teacher():
+    mapping = {"task": "plan", "model": {"variant": "e2b"}, "plan": {"step": "qat"}, "quant": {"teacher_cache": "kept"}}
+    with pytest.raises(UserError, match=r"quant\.teacher_cache is for training"):
+        settings.read(mapping)
+
+
 def test_a_bucket_is_no_directory():
     with pytest.raises(UserError, match=r"config\.workdir is gs://b/run, but .*mount the bucket"):
         settings.read({"task": "convert", "convert": {"source": "a", "target": "b"}, "workdir": "gs://b/run"})

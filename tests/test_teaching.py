@@ -53,8 +53,9 @@ def test_answers_come_back_for_their_rows(tmp_path):
             np.testing.assert_allclose(np.exp(found.log_p).sum(-1), 1, rtol=1e-6)
     with pytest.raises(UserError, match="no answer of the teacher to a row"):
         answers.read(rows_of(batch(2)), trained)
-    with pytest.raises(UserError, match=r"answers to \d+ tokens of a row"):
-        answers.read(rows_of(batches[0]), np.ones((B, T), bool))
+    moved = {**batches[0], "loss_weights": np.roll(batches[0]["loss_weights"], 1, axis=1)}  # as many, but others
+    with pytest.raises(UserError, match="no answer of the teacher to a row"):
+        answers.read(rows_of(moved), moved["loss_weights"] > 0)
     with pytest.raises(UserError, match="another teacher: digest 'one' there and 'two' here"):
         opened(tmp_path / "kept", digest="two")
     with pytest.raises(UserError, match="pictures or sounds"):
@@ -73,6 +74,19 @@ def test_a_killed_writer_is_continued(tmp_path):
         trained = each["loss_weights"] > 0
         found = opened(tmp_path).read(rows_of(each), trained)
         np.testing.assert_array_equal(found.ids[trained], said(seed).ids[trained])
+
+
+def test_answers_that_were_lost_are_asked_for_again(tmp_path):
+    """The index reached the disk and the end of the answers did not."""
+    first = batch(0)
+    opened(tmp_path).add(rows_of(first), said(0), first["loss_weights"] > 0)
+    path = tmp_path / "answers-00000.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    answers = opened(tmp_path)
+    assert [row in answers for row in rows_of(first)] == [True, False]
+    answers.add(rows_of(first), said(0), first["loss_weights"] > 0)
+    found = opened(tmp_path).read(rows_of(first), first["loss_weights"] > 0)
+    np.testing.assert_array_equal(found.ids[first["loss_weights"] > 0], said(0).ids[first["loss_weights"] > 0])
 
 
 def test_the_teacher_is_asked_once_and_its_likeliest_are_kept(tmp_path):

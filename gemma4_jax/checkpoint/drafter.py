@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma4_jax.checkpoint.hf import checkpoint_directory
+from gemma4_jax.checkpoint.hf import checkpoint_directory, described
 from gemma4_jax.checkpoint.mismatch import Mismatch
 from gemma4_jax.checkpoint.names import HEAD, LAYER, Entry
 from gemma4_jax.checkpoint.placement import default_device, dtype_name
 from gemma4_jax.checkpoint.safetensors_io import FLOATS, Tensor
-from gemma4_jax.checkpoint.shards import read_json, tensors_of
+from gemma4_jax.checkpoint.shards import tensors_of
 from gemma4_jax.config_drafter import DrafterConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.drafter import Drafter, abstract_drafter
@@ -35,16 +35,7 @@ _TOP = {
 
 def read_drafter_config(path: str | os.PathLike[str]) -> DrafterConfig:
     """The drafter that a directory's config.json describes, without its weights. Raises UserError."""
-    directory = checkpoint_directory(Path(path))
-    file = directory / "config.json"
-    if not file.exists():
-        raise UserError(f"{directory} has no config.json; wanted the Hugging Face directory of a drafter.")
-    try:
-        return DrafterConfig.from_hf(read_json(file))
-    except UserError as error:
-        raise UserError(f"{directory}: {error}") from error
-    except (TypeError, KeyError, AttributeError, ArithmeticError, ValueError) as error:
-        raise UserError(f"{file} describes no drafter ({type(error).__name__}: {error}).") from error
+    return described(checkpoint_directory(Path(path)), DrafterConfig.from_hf, "drafter")
 
 
 def load_drafter(path: str | os.PathLike[str], *, dtype: jax.typing.DTypeLike | None = None) -> Drafter:

@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays, map_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
 from gemma4_jax.quant.policy import grid_names, snap
+
+C = TypeVar("C")
 
 STOP_IDS = (1, 106, 50)
 """<eos>, <turn|> and <|tool_response>: what the released generation_config.json files stop at."""
@@ -185,15 +187,20 @@ def checkpoint_directory(path: str | Path) -> Path:
 
 def read_config(directory: Path) -> ModelConfig:
     """The model that the directory's config.json describes."""
+    return described(directory, ModelConfig.from_hf, "Gemma 4 model")
+
+
+def described(directory: Path, build: Callable[[dict[str, Any]], C], what: str) -> C:
+    """What `build` makes of the directory's config.json; UserError where it describes no such thing."""
     path = directory / "config.json"
     if not path.exists():
-        raise UserError(f"{directory} has no config.json; wanted a Hugging Face checkpoint directory.")
+        raise UserError(f"{directory} has no config.json; wanted the Hugging Face directory of a {what}.")
     try:
-        return ModelConfig.from_hf(read_json(path))
+        return build(read_json(path))
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
     except (TypeError, KeyError, AttributeError, ArithmeticError, ValueError) as error:
-        raise UserError(f"{path} describes no Gemma 4 model ({type(error).__name__}: {error}).") from error
+        raise UserError(f"{path} describes no {what} ({type(error).__name__}: {error}).") from error
 
 
 def text_tensors(directory: Path, cfg: ModelConfig, stored: dict[str, Tensor], text_only: bool) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """What a teacher says of the rows of a run, found once and kept on disk: its likeliest tokens at every trained position.
 
 A run that trains from such a record needs no teacher beside it, neither its weights nor its forward pass, and runs on the same
-rows (another policy, another learning rate) share it. A row is known by what the teacher reads of it, so that neither the order
-of rows nor the number of processes matters.
+rows (another policy, another learning rate) share it. A row is known by what the teacher reads of it and where it is trained, so
+that neither the order of rows nor the number of processes matters.
 
 A directory holds `teacher.json`, which says whose answers these are, and for each process that wrote two files that only grow:
 `answers-*.bin`, and `rows-*.bin`, whose entries say where in the former a row's answer lies. Data are written first, so that an
@@ -80,15 +80,10 @@ class Answers:
         for i, row in enumerate(rows):
             if row not in self._entries:
                 raise UserError(
-                    f"{self.directory} has no answer of the teacher to a row of this batch: the rows, their order or the tokenizer "
-                    "have changed since. Remove it to ask the teacher again, or name another quant.teacher_cache."
+                    f"{self.directory} has no answer of the teacher to a row of this batch: the rows, their order, the "
+                    "tokenizer or what is trained of them have changed since. Remove it to ask the teacher again, or name another quant.teacher_cache."
                 )
             path, start, count = self._entries[row]
-            if count != trained[i].sum():
-                raise UserError(
-                    f"{self.directory} has answers to {count} tokens of a row of which {trained[i].sum()} are trained now; "
-                    "set data.train_on back, or name another quant.teacher_cache."
-                )
             found = self._mapped(path, start + count)[start : start + count]
             ids[i][trained[i]], log_p[i][trained[i]] = found["ids"], found["log_p"]
         log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))  # rounding to float16 left sums beside 1
@@ -115,6 +110,10 @@ class Answers:
     def _read(self, index: Path) -> None:
         answers = index.with_name(index.name.replace("rows", "answers"))
         entries = np.frombuffer(index.read_bytes()[: index.stat().st_size // ENTRY.itemsize * ENTRY.itemsize], ENTRY)
+        there = answers.stat().st_size // self._position.itemsize
+        entries = entries[
+            entries["start"] + entries["count"] <= there
+        ]  # a machine that fell may have lost the last answers
         for entry in entries:
             self._entries[entry["row"].tobytes()] = answers, int(entry["start"]), int(entry["count"])
         if index.name == f"rows-{self._writer:05}.bin":  # a killed writer may have left the beginning of another answer
@@ -131,12 +130,13 @@ class Answers:
 
 
 def rows_of(batch: Mapping[str, Any]) -> list[bytes]:
-    """What each row of a batch is known by: a digest of all that a teacher of text reads."""
+    """What each row of a batch is known by: a digest of all that a teacher of text reads, and of where it is asked."""
     if batch.get("media") is not None:
         raise UserError(
             "quant.teacher_cache keeps answers to text, but the rows have pictures or sounds; leave it out."
         )
-    columns = [np.asarray(batch[name], np.int32) for name in ("tokens", "positions", "segment_ids")]
+    read = [np.asarray(batch[name], np.int32) for name in ("tokens", "positions", "segment_ids")]
+    columns = [*read, np.asarray(batch["loss_weights"]) > 0]
     return [
         hashlib.blake2b(b"".join(x[i].tobytes() for x in columns), digest_size=16).digest()
         for i in range(len(columns[0]))
