@@ -80,8 +80,8 @@ class Answers:
         for i, row in enumerate(rows):
             if row not in self._entries:
                 raise UserError(
-                    f"{self.directory} has no answer of the teacher to a row of this batch: the rows, their order, the tokenizer or "
-                    "what is trained of them have changed since. Remove it to ask the teacher again, or name another "
+                    f"{self.directory} has no answer of the teacher to a row of this batch: the rows, their order, the tokenizer "
+                    "or what is trained of them have changed since. Remove it to ask the teacher again, or name another "
                     "quant.teacher_cache."
                 )
             path, start, count = self._entries[row]
