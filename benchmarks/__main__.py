@@ -2,10 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from benchmarks.train import MODELS, PEERS, ROWS, compare
-from benchmarks.worker import transformers_python
+from benchmarks.worker import add_peers, given_peers
 from gemma4_jax.errors import UserError
 
 
@@ -16,23 +15,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument("--steps", type=int, choices=range(1, 100), metavar="N", default=5, help="timed, by each side")
     parser.add_argument("--rows", type=int, choices=range(1, 100), metavar="N", default=ROWS, help="of the batch")
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="NAME=PYTHON",
-        help=f"a peer and the bin/python of its environment, as often as wanted; NAME: {', '.join(PEERS)}",
-    )
+    add_peers(parser, PEERS)
     parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
     options = parser.parse_args()
-    peers: dict[str, Path] = {}
-    for text in options.peer:
-        name, _, python = text.partition("=")
-        if name not in PEERS or not Path(python).is_file():
-            parser.error(f"--peer wants NAME=PYTHON, NAME of {', '.join(PEERS)} and PYTHON a file; got {text!r}")
-        peers[name] = Path(python)
-    if "transformers" not in peers and (found := transformers_python()):
-        peers = {"transformers": found, **peers}
+    peers = given_peers(parser, options.peer, PEERS)
     try:
         size = {"quick": options.quick, "steps": options.steps, "rows": options.rows}
         compare(options.models, **size, peers=peers, save=options.save)

@@ -1,16 +1,15 @@
-"""Prefill, decoding and caches beside transformers on the same weights, and beside what the memory of this machine allows.
+"""Prefill, decoding and caches beside peers on the same weights, and beside what the memory of this machine allows.
 
-    python -m benchmarks.inference [--quick] [--models dense moe] [--turns N] [--peer-python PATH] [--save]
+    python -m benchmarks.inference [--quick] [--models dense moe] [--turns N] [--peer NAME=PYTHON ...] [--save]
 
-Both sides are processes of their own that take turns (`worker.py`); each turn is every measure once, after one that compiles.
-First both must write the same greedy tokens. The limit of a decoding step is the bytes it cannot do without (weights, of
+The sides are processes of their own that take turns (`worker.py`); each turn is every measure once, after one that compiles.
+First all must write the same greedy tokens. The limit of a decoding step is the bytes it cannot do without (weights, of
 experts those that are chosen, and keys and values of the tokens there are) over this machine's bandwidth, which is measured by
 summing an array too large for any cache with all cores.
 """
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -22,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import keep
 from benchmarks.train import MODELS
-from benchmarks.worker import Answer, transformers_python, worker
+from benchmarks.worker import Answer, add_peers, given_peers, worker
 from gemma4_jax.checkpoint.hf import save_hf
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
@@ -36,22 +36,32 @@ QUICK = dict(vocab_size=512, hidden_size=64, head_dim=16, global_head_dim=32, sl
 PLAN = {"prefill": 1024, "prompt": 32, "new": 64}
 QUICK_PLAN = {"prefill": 64, "prompt": 8, "new": 8}
 BATCHES = (1, 8)
-WANTED = {"prefill_s": 1.2, "first_token_s": 1.2, "decode1_s": 2.0, "decode8_s": 2.5}
-"""Times as fast as transformers that this project means to be."""
+PEERS = {
+    "transformers": "benchmarks.peer_transformers_inference",
+    "tunix": "benchmarks.peer_tunix_inference",
+    "gemma": "benchmarks.peer_gemma_inference",
+}
+"""What a peer is called on the command line, and its side."""
+WANTED = {"prefill_s": 1.5, "first_token_s": 1.5, "decode1_s": 2.0, "decode8_s": 2.5}
+"""Times as fast as JAX peers that this project means to be."""
+OF_TRANSFORMERS = WANTED | {"prefill_s": 1.2, "first_token_s": 1.2}
+"""The same for transformers, whose prefill computes only the last token's logits."""
 
 
-def compare(names: list[str], *, quick: bool, turns: int, peer: Path | None, dtype: str, save: bool) -> None:
+def compare(names: list[str], *, quick: bool, turns: int, peers: dict[str, Path], dtype: str, save: bool) -> None:
     """Prints a table of medians and one of ratios; UserError if the sides write different tokens."""
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     busy = "; TOO BUSY for the numbers to mean much" * (load > 0.75 * cores)
     bandwidth = memory_bandwidth(cores)
     print(f"{cores} cores, load average {load:.2f}{busy}; memory {bandwidth / 1e9:.1f} GB/s", flush=True)
     sides = {"gemma4_jax": (sys.executable, "benchmarks.ours_inference")}
-    if peer is not None:
-        sides["transformers"] = (str(peer.absolute()), "benchmarks.peer_transformers_inference")
+    sides |= {name: (str(python.absolute()), PEERS[name]) for name, python in peers.items()}
     records = []
     for name in names:
-        records += _measure(name, quick, turns, sides, dtype, bandwidth)
+        command = f"python -m benchmarks.inference{' --quick' * quick} --models {name} --turns {turns} --dtype {dtype}"
+        command += "".join(f" --peer {peer}=PYTHON" for peer in peers)
+        measured = _measure(name, quick, turns, sides, dtype, bandwidth)
+        records += [{"command": command, "bandwidth": bandwidth, **record} for record in measured]
     print(
         table(
             ("model", "by", "prefill s", "first token s", "decode 1", "decode 8", "cache MB"),
@@ -62,10 +72,7 @@ def compare(names: list[str], *, quick: bool, turns: int, peer: Path | None, dty
         print(*_ratios([record for record in records if record["model"] == name]), sep="\n")
     print(*dict.fromkeys(f"{record['by']}: {record['version']}" for record in records), sep="\n")
     if save:
-        path = Path(__file__).parent / "results" / ("inference_quick.json" if quick else "inference.json")
-        path.parent.mkdir(exist_ok=True)
-        found = {"cores": cores, "load_average": load, "bandwidth": bandwidth, "records": records}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        keep.save("inference_quick" if quick else "inference", records, load)
 
 
 def _measure(
@@ -163,7 +170,7 @@ def _ratios(records: list[Answer]) -> list[str]:
     ours, *others = records
     lines = []
     for other in others:
-        for key, wanted in WANTED.items():
+        for key, wanted in (OF_TRANSFORMERS if other["by"] == "transformers" else WANTED).items():
             ratio = other[key] / ours[key]
             lines.append(f"{ours['model']} {key[:-2]}: {ratio:.2f} times as fast as {other['by']} (wanted {wanted})")
         share = ours["cache_bytes"] / other["cache_bytes"]
@@ -180,21 +187,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, not how fast")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument("--turns", type=int, choices=range(1, 100), metavar="N", default=5, help="of each side")
-    parser.add_argument(
-        "--peer-python", type=Path, metavar="PATH", help="of an environment with transformers and torch"
-    )
+    add_peers(parser, PEERS)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the checkpoint")
     parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
     options = parser.parse_args()
-    peer: Path | None = options.peer_python or transformers_python()
-    if peer is not None and not peer.is_file():
-        parser.error(f"--peer-python {peer} does not exist; name the bin/python of an environment with transformers")
+    peers = given_peers(parser, options.peer, PEERS)
+    if options.dtype != "float32" and (others := set(peers) - {"transformers"}):
+        parser.error(f"--dtype {options.dtype} is compared with transformers alone; leave out --peer {others.pop()}")
     try:
         compare(
             options.models,
             quick=options.quick,
             turns=options.turns,
-            peer=peer,
+            peers=peers,
             dtype=options.dtype,
             save=options.save,
         )

@@ -1,13 +1,17 @@
-"""What the sides of JAX peers share: their loss, AdamW from Optax as on our side, one jitted step with a donated state."""
+"""What the sides of JAX peers share: training (their loss, AdamW from Optax as on our side, a donated state) and answering."""
 
+import json
+import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from benchmarks.worker import serve
+from benchmarks.worker import peak_gb, serve
 
 
 def train(logits: Callable[[Any], jax.Array], params: Any, tokens: jax.Array, version: str) -> None:
@@ -33,3 +37,27 @@ def train(logits: Callable[[Any], jax.Array], params: Any, tokens: jax.Array, ve
 
     size = sum(x.size for x in jax.tree.leaves(params))
     serve({"version": f"{version}, jax {jax.__version__}", "parameters": size}, step)
+
+
+class Asked(NamedTuple):
+    """Seconds of a prefill, up to the first token and of a decoding step; tokens [B, new]; bytes of the cache."""
+
+    prefill_s: float
+    first_token_s: float
+    step_s: float
+    tokens: list[list[int]]
+    cache_bytes: int
+
+
+def answer(checkpoint: Path, ask: Callable[[np.ndarray, int], Asked], version: str) -> None:
+    """Serves the measures of benchmarks/inference.py; `ask(tokens [B, T], new)` reads prompts and writes `new` tokens each."""
+    prompts = np.load(checkpoint / "prompts.npz")
+    new = int(prompts["new"])
+    for _ in sys.stdin:
+        long, one, eight = (
+            ask(prompts[name], count) for name, count in (("prefill", 1), ("decode1", new + 1), ("decode8", new + 1))
+        )
+        times = {"prefill_s": long.prefill_s, "first_token_s": long.first_token_s}
+        times |= {"decode1_s": one.step_s, "decode8_s": eight.step_s}
+        facts = {"version": f"{version}, jax {jax.__version__}", "cache_bytes": long.cache_bytes, "peak_gb": peak_gb()}
+        print(json.dumps({**facts, **times, "tokens": one.tokens + eight.tokens}), flush=True)

@@ -18,17 +18,18 @@ from benchmarks.jax_peer import train
 
 def main(checkpoint: Path) -> None:
     """Its model with our weights; cross-entropy of its logits, as its own loss has it."""
+    model, params, version = load(checkpoint)
+    tokens = jnp.asarray(np.load(checkpoint / "tokens.npy"))
+    train(lambda params: model.apply({"params": params}, tokens).logits, params, tokens, version)
+
+
+def load(checkpoint: Path) -> tuple[Any, Any, str]:
+    """Its model for a float32 checkpoint, the weights in its tree, and what it calls itself."""
     hf = json.loads((checkpoint / "config.json").read_text())
     model = _transformer.Transformer(config=_configuration(hf), tokens="batch.input", dtype=jnp.float32)
-    tokens = jnp.asarray(np.load(checkpoint / "tokens.npy"))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     params = _parameters(shapes, load_file(checkpoint / "model.safetensors"), hf)
-    train(
-        lambda params: model.apply({"params": params}, tokens).logits,
-        params,
-        tokens,
-        f"gemma {importlib.metadata.version('gemma')}",
-    )
+    return model, params, f"gemma {importlib.metadata.version('gemma')}"
 
 
 def _configuration(hf: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from benchmarks.jax_peer import train
 
 def main(checkpoint: Path) -> None:
     """Tunix's own loader, model and causal mask; cross-entropy as its trainer has it."""
-    model = _load(checkpoint)
+    model = load(checkpoint)
     graph, params = nnx.split(model)
     tokens = jnp.asarray(np.load(checkpoint / "tokens.npy"))
     rows, length = tokens.shape
@@ -30,10 +30,15 @@ def main(checkpoint: Path) -> None:
     def logits(params):
         return nnx.merge(graph, params)(tokens, positions=positions, attention_mask=mask)[0]
 
-    train(logits, params, tokens, f"Tunix {importlib.metadata.version('google-tunix')}")
+    train(logits, params, tokens, version())
 
 
-def _load(checkpoint: Path) -> nnx.Module:
+def version() -> str:
+    """What it calls itself."""
+    return f"Tunix {importlib.metadata.version('google-tunix')}"
+
+
+def load(checkpoint: Path) -> nnx.Module:
     """The checkpoint in float32. Tunix's loader wants tensors without the prefix of text-only files."""
     hf = json.loads((checkpoint / "config.json").read_text())
     full = next(iter(hf["per_layer_config"].values()))

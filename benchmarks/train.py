@@ -1,7 +1,6 @@
 """The time of an SFT step, forward, backward and AdamW in float32, beside peers on the same weights and tokens."""
 
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import keep
 from benchmarks.worker import Answer, worker
 from gemma4_jax.checkpoint.hf import save_hf
 from gemma4_jax.config import ModelConfig
@@ -61,13 +61,7 @@ def compare(names: list[str], *, quick: bool, steps: int, rows: int, peers: dict
     header = ("model", "parameters", "by", "median s", "best s", "tokens/s", "first s", "first loss", "last loss", "GB")
     print(table(header, [_row(record) for record in records]), *notes, sep="\n")
     if save:
-        path = Path(__file__).parent / "results" / ("train_quick.json" if quick else "train.json")
-        path.parent.mkdir(exist_ok=True)
-        kept = json.loads(path.read_text())["records"] if path.exists() else []  # of other peers and models
-        commands = {record["command"] for record in records}
-        kept = [record for record in kept if record["command"] not in commands]
-        records = [{"load_average": load, **record} for record in records]
-        path.write_text(json.dumps({"cores": cores, "records": kept + records}, indent=1) + "\n")
+        keep.save("train_quick" if quick else "train", records, load)
 
 
 def _measure(name: str, quick: bool, steps: int, rows: int, sides: dict[str, tuple[str, str]]) -> dict[str, Answer]:

@@ -1,12 +1,13 @@
 """Each side is a process that takes one step for every line it reads, so that the sides can take turns."""
 
+import argparse
 import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,30 @@ def peak_gb() -> float | None:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")), None)
+
+
+def add_peers(parser: argparse.ArgumentParser, known: Collection[str]) -> None:
+    """The option `--peer NAME=PYTHON`, as often as wanted."""
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="NAME=PYTHON",
+        help=f"a peer and the bin/python of its environment, as often as wanted; NAME: {', '.join(known)}",
+    )
+
+
+def given_peers(parser: argparse.ArgumentParser, texts: list[str], known: Collection[str]) -> dict[str, Path]:
+    """Name -> Python of what `--peer` said, with transformers in front where `make parity` made its environment."""
+    peers: dict[str, Path] = {}
+    for text in texts:
+        name, _, python = text.partition("=")
+        if name not in known or not Path(python).is_file():
+            parser.error(f"--peer wants NAME=PYTHON, NAME of {', '.join(known)} and PYTHON a file; got {text!r}")
+        peers[name] = Path(python)
+    if "transformers" not in peers and (found := transformers_python()):
+        peers = {"transformers": found, **peers}
+    return peers
 
 
 def transformers_python() -> Path | None:
