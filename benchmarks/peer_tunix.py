@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def version() -> str:
     return f"Tunix {importlib.metadata.version('google-tunix')}"
 
 
-def load(checkpoint: Path) -> nnx.Module:
+def load(checkpoint: Path) -> Any:
     """The checkpoint in float32. Tunix's loader wants tensors without the prefix of text-only files."""
     hf = json.loads((checkpoint / "config.json").read_text())
     full = next(iter(hf["per_layer_config"].values()))

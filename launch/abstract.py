@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.infer.engine import Slots
+from gemma4_jax.infer.slots import Slots
 from gemma4_jax.infer.steps import Masks, Progress, decode_steps
 from gemma4_jax.model.decode import unroll
 from gemma4_jax.model.gathering import own_dims

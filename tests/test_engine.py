@@ -17,8 +17,9 @@ import pytest
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer import steps
+from gemma4_jax.infer.buckets import bucket, chunk_sizes
 from gemma4_jax.infer.cache import CacheConfig
-from gemma4_jax.infer.engine import Engine, bucket, chunk_sizes
+from gemma4_jax.infer.engine import Engine
 from gemma4_jax.infer.request import Request, Running
 from gemma4_jax.infer.sampler import Rule
 from gemma4_jax.infer.weights import decoder_of
@@ -254,7 +255,7 @@ def test_nothing_compiles_after_warm_up():
     bound = jax.device_put(model_of("tiny_e2b", seed=2), jax.devices()[0])  # as weights are that were loaded
     with compilations() as compiled:
         requests = []
-        for i in range(40):
+        for i in range(200):
             size = int(rng.integers(1, 80))
             tokens = (shared[: rng.integers(0, 41)] + rng.integers(3, 128, size).tolist())[:90]
             rule = [GREEDY, HOT, Rule(), Rule(top_k=0, top_p=0.5), Rule(min_p=0.2)][i % 5]
@@ -262,7 +263,7 @@ def test_nothing_compiles_after_warm_up():
             constraint = Only(list(range(20, 70)), 3) if i % 7 == 0 else None
             new = int(rng.integers(1, 22))
             requests.append(Request(tokens, new, rule, i, 0, stops, constraint=constraint))
-        first, rest = requests[:5], requests[5:]
+        first, rest = requests[:20], requests[20:]
         run(machine, first)
         assert compiled == []
         machine.update(bound)

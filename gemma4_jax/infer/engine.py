@@ -8,7 +8,6 @@ Not for several threads at once: whoever needs them puts a queue in front.
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -18,17 +17,17 @@ import numpy as np
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.infer import prefix
+from gemma4_jax.infer.buckets import SMALLEST, bucket, chunk_sizes
 from gemma4_jax.infer.cache import CacheConfig
 from gemma4_jax.infer.drafting import Drafting
 from gemma4_jax.infer.prefix import PrefixStore
 from gemma4_jax.infer.request import Request, Running, masks_of
-from gemma4_jax.infer.sampler import Rules
 from gemma4_jax.infer.senses import WHOLE_PICTURE, Senses
+from gemma4_jax.infer.slots import Slots
 from gemma4_jax.infer.speculate import draft_steps
 from gemma4_jax.infer.steps import (
     NOTHING,
     STEPS,
-    Controls,
     Ends,
     Masks,
     Progress,
@@ -49,71 +48,11 @@ CHUNK = 512
 """Most tokens of a prompt read at once. Attention of a chunk looks at chunk + window keys, so smaller ones do more work; larger
 ones take more memory and keep the writing slots waiting longer."""
 
-SMALLEST_BUCKET = 16
 GROUP = 8
 """Most prompts read at once; the programs exist for one prompt and for this many."""
 
-STOP_IDS = 16
-"""Stop ids that a slot knows itself; those beyond are found when its tokens arrive here."""
-
 SOON = 4
 """Steps of a call while prompts wait to be read, or while somebody watches the text appear."""
-
-
-def bucket(length: int, most: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ... that holds `length`, at most `most`."""
-    size = SMALLEST_BUCKET
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return min(size, most)
-
-
-def chunk_sizes(chunk: int) -> list[int]:
-    """The lengths chunks are padded to: powers of two from 16 up to `chunk`."""
-    sizes = [SMALLEST_BUCKET]
-    while sizes[-1] < chunk:
-        sizes.append(2 * sizes[-1])
-    return sizes
-
-
-@dataclasses.dataclass
-class Slots:
-    """What runs in each slot, and how it draws; row b of every array is slot b."""
-
-    running: list[Running | None]
-    controls: Controls
-    ended: np.ndarray
-
-    @classmethod
-    def empty(cls, count: int) -> "Slots":
-        ones = np.ones(count, np.float32)
-        rules = Rules(ones * 0, np.zeros(count, np.int32), ones, ones * 0)  # pyright: ignore[reportArgumentType]
-        controls = Controls(
-            rules, np.zeros(count, np.uint32), np.zeros(count, np.int32), np.full((count, STOP_IDS), NOTHING, np.int32)
-        )
-        return cls([None] * count, controls, np.zeros(count, bool))
-
-    def enter(self, slot: int, running: Running) -> None:
-        """The slot draws as this request says."""
-        request, rules = running.request, self.controls.rules
-        self.running[slot], running.slot = running, slot
-        for name, value in dataclasses.asdict(request.rule).items():
-            getattr(rules, name)[slot] = min(value, 2**31 - 1)
-        self.controls.seeds[slot], self.controls.streams[slot] = request.seed, request.stream
-        self.controls.stop_ids[slot] = NOTHING
-        few = request.stop_ids[:STOP_IDS]
-        self.controls.stop_ids[slot, : len(few)] = few
-
-    def leave(self, slot: int) -> None:
-        """The slot is free; it writes nothing until the next request has been read."""
-        running = self.running[slot]
-        if running is not None:
-            running.slot = None
-        self.running[slot], self.ended[slot] = None, True
-
-    def of(self, rows: np.ndarray) -> Controls:
-        """The controls of these slots, for programs with a row for each."""
-        return jax.tree.map(lambda x: x[np.minimum(rows, len(self.running) - 1)], self.controls)
 
 
 class Engine:
@@ -146,8 +85,8 @@ class Engine:
 
         Raises UserError for a cache layout that the model cannot have, and for a drafter of another model.
         """
-        if chunk not in chunk_sizes(max(chunk, SMALLEST_BUCKET)):
-            raise ValueError(f"chunk is a power of two from {SMALLEST_BUCKET}, got {chunk}.")
+        if chunk not in chunk_sizes(max(chunk, SMALLEST)):
+            raise ValueError(f"chunk is a power of two from {SMALLEST}, got {chunk}.")
         self.cfg = model.cfg
         self.slots = slots
         self.max_length = max_length or model.cfg.max_position_embeddings
