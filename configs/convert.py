@@ -1,4 +1,5 @@
-"""Rewrites a checkpoint: Hugging Face safetensors to Orbax, or back. Memory holds the model once, and one block of rows beyond it.
+"""Rewrites a checkpoint: Hugging Face safetensors to Orbax, or back. Float models pass through tensor by tensor;
+memory holds one of them, or some rows of a table. Models on a grid are held whole.
 
 bfloat16 to bfloat16 is bit-identical in both directions.
 

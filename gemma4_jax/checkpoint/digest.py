@@ -8,7 +8,7 @@ file changed.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,20 +27,45 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     Any change of one element changes it for certain, any other with probability 1 - 2^-64.
     """
     found = {name: _digest(x) for name, x in arrays.items()}  # all are started before one is waited for
-    return {name: "".join(f"{int(word):08x}" for word in np.asarray(words)) for name, words in found.items()}
+    return {name: _hexadecimal(words) for name, words in found.items()}
+
+
+def run_digest(runs: Iterable[tuple[int, np.ndarray]]) -> str:
+    """The same digest of an array given as (place of the first element, elements) [n], run by run."""
+    total = np.zeros(2, np.uint32)
+    for start, values in runs:
+        if values.dtype.itemsize > 4:
+            raise ValueError(f"runs of {values.dtype} have no digest here")
+        total += np.asarray(_run_digest(values, np.uint32(start & 0xFFFFFFFF)))  # wraps around
+    return _hexadecimal(total)
+
+
+def _hexadecimal(words: Any) -> str:
+    return "".join(f"{int(word):08x}" for word in np.asarray(words))
 
 
 @jax.jit
 def _digest(x: jax.Array) -> jax.Array:
-    """uint32 [2]: sums modulo 2^32 over all elements of two hashes of (bits, position).
-
-    The first hash is one to one in the bits, so one changed element always changes the sum. A sum, because each device
-    can make its share of it; position, because else swapped elements would not show.
-    """
+    """uint32 [2]: sums modulo 2^32 over all elements of two hashes of (bits, position)."""
     bits = _bits(x)
     place = jnp.zeros(bits.shape, jnp.uint32)
     for axis, size in enumerate(bits.shape):
         place = place * jnp.uint32(size & 0xFFFFFFFF) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    return _sums(bits, place)
+
+
+@jax.jit
+def _run_digest(x: jax.Array, start: jax.Array) -> jax.Array:
+    """The share of `_digest` of elements [n] that lie next to each other from `start` on."""
+    return _sums(_bits(x), start + jax.lax.iota(jnp.uint32, x.shape[0]))
+
+
+def _sums(bits: jax.Array, place: jax.Array) -> jax.Array:
+    """uint32 [2] of bits and places of one shape.
+
+    The first hash is one to one in the bits, so one changed element always changes the sum. A sum, because each device
+    can make its share of it; position, because else swapped elements would not show.
+    """
     one = _mixed(bits ^ _mixed(place + jnp.uint32(0x9E3779B9)))
     other = _mixed(one ^ (place * jnp.uint32(0x85EBCA6B) + jnp.uint32(0x27D4EB2F)))
     return jnp.stack([one.sum(dtype=jnp.uint32), other.sum(dtype=jnp.uint32)])

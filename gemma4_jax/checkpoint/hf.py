@@ -71,10 +71,8 @@ def assemble(
 ) -> Transformer:
     """The model made of tensors that are read by blocks of rows (`source.Rows`, by the names of `names.table`)."""
     dtype, compute_dtype = dtype_name(dtype), dtype_name(compute_dtype)
-    pieces: dict[str, list[tuple[Entry, Any]]] = {}
-    for name, entry in names.table(cfg).items():
-        pieces.setdefault(entry.parameter, []).append((entry, stored[name]))
-    dtypes = {parameter: _dtype(parts, dtype) for parameter, parts in pieces.items()}
+    pieces = pieces_of(cfg, stored)
+    dtypes = {parameter: parameter_dtype(parts, dtype) for parameter, parts in pieces.items()}
     compute_dtype = compute_dtype or dtype or dtypes["embed.w"].name
 
     def read(parameter: str, variable: nnx.Variable) -> jax.Array:
@@ -89,6 +87,14 @@ def assemble(
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return map_arrays(read, abstract(cfg, dtype or "float32", compute_dtype=compute_dtype))
+
+
+def pieces_of(cfg: ModelConfig, stored: Mapping[str, Any]) -> dict[str, list[tuple[Entry, Any]]]:
+    """Parameter -> the tensors it is made of, each with its place."""
+    pieces: dict[str, list[tuple[Entry, Any]]] = {}
+    for name, entry in names.table(cfg).items():
+        pieces.setdefault(entry.parameter, []).append((entry, stored[name]))
+    return pieces
 
 
 def save_hf(
@@ -233,8 +239,8 @@ def _refuse_untied(directory: Path, head: Tensor, embed: Tensor) -> None:
         raise UserError(f"{directory} stores {head.name} with other values than {embed.name}; Gemma 4's head is tied.")
 
 
-def _dtype(parts: Sequence[tuple[Entry, Any]], wanted: str | None) -> np.dtype:
-    """The dtype of a parameter made of these tensors."""
+def parameter_dtype(parts: Sequence[tuple[Entry, Any]], wanted: str | None) -> np.dtype:
+    """The dtype of a parameter made of these tensors: the wanted one, or one that holds them all."""
     if wanted is not None:
         return jnp.dtype(wanted)
     # An unreadable dtype is named when its tensor is read.

@@ -20,8 +20,8 @@ from gemma4_jax.checkpoint.lattice import Encoded
 from gemma4_jax.checkpoint.names import Entry
 from gemma4_jax.checkpoint.placement import Which
 from gemma4_jax.checkpoint.safetensors_io import FLOATS, copy, row_blocks
+from gemma4_jax.checkpoint.stored import open_stored
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.errors import UserError
 from gemma4_jax.model.embed import Embedding
 from gemma4_jax.model.linear import Linear, Weight
 from gemma4_jax.model.parameters import arrays, modules
@@ -34,8 +34,6 @@ Kind = Literal["linear", "experts", "table", "tower", "other"]
 """Linear layers, experts stacked in one tensor, embedding tables, all of vision and audio, and norms and scalars."""
 CODES = {dtype: code for code, dtype in FLOATS.items()}
 DIGEST_BLOCK = 16 << 20
-CHUNK_CACHE = 1 << 30
-"""Bytes of decoded Orbax chunks that stay in memory: a stacked parameter is read once for all its layers."""
 
 
 class Rows(Protocol):
@@ -224,7 +222,7 @@ def of_path(
 
 def of_store(directory: Any, cfg: ModelConfig, saved: Mapping[str, str], grids: Mapping[str, BlockGrid]) -> Source:
     """An Orbax step: `saved` maps our parameters' names to the names of the stored arrays."""
-    opened = {parameter: _open(directory, stored) for parameter, stored in saved.items()}
+    opened = {parameter: open_stored(directory, stored) for parameter, stored in saved.items()}
     known = {entry.parameter for entry in names.table(cfg).values()}
     scales = {name: array for name, array in opened.items() if name not in known}
     tensors = {name: ArrayRows(name, opened[entry.parameter], entry) for name, entry in names.table(cfg).items()}
@@ -277,43 +275,3 @@ def _read(array: Any, index: tuple[Any, ...]) -> np.ndarray:
         on_cpu = all(device.platform == "cpu" for device in array.devices())
         return np.ascontiguousarray(np.asarray(array)[index] if on_cpu else array[index])
     return array[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """An array of an Orbax step that is read where it is indexed."""
-
-    opened: Any
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:
-        try:
-            return np.ascontiguousarray(self.opened[index].read().result())
-        except ValueError as error:
-            raise UserError(f"A checkpoint is damaged: {str(error).splitlines()[0][:300]}") from error
-
-
-def _open(directory: Any, name: str) -> _Stored:
-    import tensorstore  # Orbax's own storage library
-
-    base = os.fspath(directory)
-    where = base if "://" in base else f"file://{base}"
-    spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": f"{where}/state/", "path": f"{name}/"}}
-    try:
-        opened: Any = tensorstore.open(spec, open=True, read=True, context=_context()).result()
-    except ValueError as error:
-        raise UserError(f"{base} is damaged or incomplete: {str(error).splitlines()[0][:300]}") from error
-    return _Stored(opened, tuple(opened.shape), np.dtype(opened.dtype.numpy_dtype))
-
-
-def _context() -> Any:
-    import tensorstore
-
-    global _CONTEXT
-    if _CONTEXT is None:
-        _CONTEXT = tensorstore.Context({"cache_pool": {"total_bytes_limit": CHUNK_CACHE}})
-    return _CONTEXT
-
-
-_CONTEXT: Any = None

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -37,13 +37,16 @@ from gemma4_jax.checkpoint.steps import (
     saved_forms,
     step_directory,
 )
-from gemma4_jax.checkpoint.verified import read_as, read_verified, refuse_damaged_files
+from gemma4_jax.checkpoint.verified import read_as, read_verified, refuse_damaged_arrays, refuse_damaged_files
 from gemma4_jax.config import ModelConfig, Rope
 from gemma4_jax.config_media import AudioConfig, VisionConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays, is_trainable, variables, with_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
 from gemma4_jax.quant.policy import described, restored
+
+CHUNK = 64 << 20
+"""Bytes of a piece of a large array on disk."""
 
 PARAMETERS = ("params.", "frozen.")
 """Prefixes of the arrays that are the model: those that training moves and those it does not."""
@@ -140,7 +143,8 @@ class Store:
             "ranked_by": [self.metric, self.mode] if ranked else None,
             "digests": digests(arrays),
         }
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(dict(arrays)), meta=ocp.args.JsonSave(record))
+        state = ocp.args.PyTreeSave(dict(arrays), save_args=in_chunks(arrays))
+        items = ocp.args.Composite(state=state, meta=ocp.args.JsonSave(record))
         scores = {self.metric: record["metrics"][self.metric]} if ranked else None
         self.wait()
         self._check_writable(step)
@@ -261,6 +265,16 @@ class Store:
         return rank(metrics[self.metric or ""], self.mode)
 
 
+def in_chunks(arrays: Mapping[str, jax.Array]) -> dict[str, ocp.SaveArgs]:
+    """How Orbax cuts each array on disk: who exports reads layer by layer, of a table some rows, and a chunk is read whole."""
+    found = {}
+    for name, value in arrays.items():
+        layers = (0,) if value.ndim > 2 else ()
+        large = value.nbytes > CHUNK
+        found[name] = ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=layers) if large else ocp.SaveArgs()
+    return found
+
+
 def system_error(error: Exception) -> str | None:
     """What the operating system said: of an OSError, or of TensorStore's ValueError, which carries the number; None of others."""
     if isinstance(error, OSError):
@@ -271,20 +285,28 @@ def system_error(error: Exception) -> str | None:
 
 def save_model(model: Transformer, path: str | os.PathLike[str]) -> None:
     """Writes a model directory, complete or not at all."""
+    state = {f"params.{name}": value for name, value in arrays(model).items()}
+    write_model(path, model_meta(model), state, lambda: digests(state), save_args=in_chunks(state))
+
+
+def write_model(
+    path: str | os.PathLike[str],
+    meta: Mapping[str, Any],
+    state: Mapping[str, Any],
+    digest: Callable[[], dict[str, str]],
+    handler: ocp.PyTreeCheckpointHandler | None = None,
+    **options: Any,
+) -> None:
+    """A model directory of what `handler` knows to write; `meta` is `model_meta`, `digest` gives those of `state`."""
     directory = absolute(path)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory} exists and is not an empty directory; choose another one or remove it.")
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "meta": {"model": model_meta(model)},
-        "metrics": None,
-        "ranked_by": None,
-    }
-    state = {f"params.{name}": value for name, value in arrays(model).items()}
-    record["digests"] = digests(state)
-    items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(record))
+    record = {"format": FORMAT, "meta": {"model": meta}, "metrics": None, "ranked_by": None, "digests": digest()}
+    saved = ocp.args.PyTreeSave(dict(state), **options)
+    items = ocp.args.Composite(state=saved, meta=ocp.args.JsonSave(record))
+    handlers: dict[str, Any] = {"state": handler or ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
             checkpointer.save(directory, args=items, force=directory.exists())
         if jax.process_index() == 0:
             write_file_digests(directory)
@@ -350,7 +372,7 @@ def load_model(
 
 
 def model_source(path: str | os.PathLike[str], step: Which = "latest") -> Source:
-    """The model that `load_model` would load, read tensor by tensor."""
+    """The model that `load_model` would load, read tensor by tensor; each is compared with its digest first."""
     directory = step_directory(path, step)
     meta = read_model_meta(directory)
     cfg = config_of(meta)
@@ -361,6 +383,7 @@ def model_source(path: str | os.PathLike[str], step: Which = "latest") -> Source
     wrong = Mismatch.between(wanted, {name: saved[full].shape for name, full in stored.items()})
     if wrong:
         raise UserError(f"{directory} does not hold the parameters of its own config: {wrong}.")
+    refuse_damaged_arrays(directory, stored.values())
     return of_store(directory, cfg, stored, grids_of(model))
 
 

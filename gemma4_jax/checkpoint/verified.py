@@ -1,7 +1,7 @@
 """Reading steps of which no bit may have changed, and saying which files and arrays have."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gemma4_jax.checkpoint.digest import digests, file_damage
+from gemma4_jax.checkpoint.digest import digests, file_damage, run_digest
 from gemma4_jax.checkpoint.mismatch import listed
 from gemma4_jax.checkpoint.steps import Form, read_arrays, read_record, saved_forms
+from gemma4_jax.checkpoint.stored import open_stored
 from gemma4_jax.errors import UserError
 
 T = TypeVar("T")
@@ -24,6 +25,13 @@ def refuse_damaged_files(directory: epath.Path) -> None:
     """UserError if a file of the step differs from its digest; each of several processes reads a share of the files."""
     found = file_damage(directory, (jax.process_index(), jax.process_count()))
     if _anywhere(bool(found)):
+        raise UserError(damage(directory))
+
+
+def refuse_damaged_arrays(directory: epath.Path, names: Iterable[str]) -> None:
+    """UserError if one of these arrays has not its digest; read block by block, for who reads them block by block afterwards."""
+    wanted = array_digests(directory)
+    if any(name in wanted and run_digest(open_stored(directory, name).runs()) != wanted[name] for name in names):
         raise UserError(damage(directory))
 
 
