@@ -56,7 +56,7 @@ def main() -> None:
         parser.error("--formats hf_of_orbax reads what orbax writes; name both")
     home = Path(tempfile.mkdtemp(dir=options.home))
     try:
-        records = [_checkpoint(options.variant, home / "source")]
+        records = [write_checkpoint(options.variant, home / "source")]
         for form in sorted(options.formats, key=FORMATS.index):
             target = home / {"gguf": "target.gguf", "orbax": "ours"}.get(form, "target")
             source = home / ("ours" if form == "hf_of_orbax" else "source")
@@ -78,7 +78,7 @@ def main() -> None:
         path.write_text(json.dumps({**facts, "records": records}, indent=1) + "\n")
 
 
-def _checkpoint(variant: str, directory: Path) -> dict[str, Any]:
+def write_checkpoint(variant: str, directory: Path) -> dict[str, Any]:
     """A Hugging Face directory with random bfloat16 weights."""
     started = time.perf_counter()
     cfg = ModelConfig.variant(variant)
