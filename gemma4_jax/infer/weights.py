@@ -1,6 +1,8 @@
 """A model's weights as decoding reads them: layer by layer, rounded to their grids, in the dtype that multiplies fastest."""
 
+import ctypes
 import functools
+import sys
 from typing import TypeVar
 
 import jax
@@ -17,6 +19,9 @@ from gemma4_jax.model.linear import Weight, holding, multiplies_in
 from gemma4_jax.model.parameters import modules
 from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.quant.policy import grid_names
+
+T = TypeVar("T")
+N = TypeVar("N", bound=nnx.Module)
 
 
 def decoding_dtype(compute_dtype: str, platform: str) -> str:
@@ -48,8 +53,9 @@ def parts_of(model: Transformer, *, consume: bool = False, packed: bool = False)
     """The unrolled model with every weight as decoding uses it: rounded to its grid, in `decoding_dtype`; and its towers.
 
     A step reads all weights, so neither is left to the step. The router stays as it is: it computes in float32. Tables that
-    are read by rows, which are rounded and cast one by one, are the model's own arrays, not copies. With `consume` the stacked
-    weights are deleted as soon as they are unrolled, so that they never exist twice; the model must not be used any more. `packed`
+    are read by rows, which are rounded and cast one by one, are the model's own arrays, not copies. With `consume` the model's
+    weights are deleted as soon as there are others in their place, so that none but the one at hand exists twice: layers are
+    cut out of their stacks first and cast one by one; the model must not be used any more. `packed`
     leaves linear maps and experts with a grid as codes, for each step to decode, and without a mesh the rows of per-layer
     embeddings: the same numbers, a seventh of the bytes of float32 at 4 bits.
 
@@ -58,6 +64,21 @@ def parts_of(model: Transformer, *, consume: bool = False, packed: bool = False)
     if packed:
         model = _packed(model, consume=consume)
     dtype = decoding_dtype(str(jnp.dtype(model.compute_dtype)), jax.default_backend())
+
+    towers = placed(_ready(Towers(model, dtype), dtype, mine=consume)) if model.cfg.is_multimodal else None
+    decoder = unroll(model, consume=consume)
+    # The head first: it is the largest of all, and there is most room for two of it while the layers are still as they were.
+    layers, decoder.layers = decoder.layers, nnx.List([])
+    decoder = _ready(decoder, dtype, mine=consume)
+    decoder.layers = nnx.List([_ready(layer, dtype, mine=True) for layer in layers])
+    decoder = placed(in_use(decoder))
+    decoder.compute_dtype = dtype
+    _give_back_memory()
+    return decoder, towers
+
+
+def _ready(part: N, dtype: str, *, mine: bool) -> N:
+    """A part with its weights as they are multiplied with; `mine`: those that they replace are deleted."""
 
     def ready(module):
         if isinstance(module, Weight) and module.packed is not None:
@@ -68,15 +89,19 @@ def parts_of(model: Transformer, *, consume: bool = False, packed: bool = False)
         if plain and module.w.get_value().dtype == dtype:
             return module
         new = holding(module, _as_used(module, dtype))
-        if consume:
+        if mine:
+            jax.block_until_ready(new)
             module.w.get_value().delete()
         return new
 
-    whole = jax.tree.map(ready, model, is_leaf=_is_weight)
-    towers = placed(Towers(whole, dtype)) if model.cfg.is_multimodal else None
-    decoder = placed(in_use(unroll(whole, consume=consume)))
-    decoder.compute_dtype = dtype
-    return decoder, towers
+    return jax.tree.map(ready, part, is_leaf=_is_weight)
+
+
+def _give_back_memory() -> None:
+    """To the system what glibc keeps of the weights that were replaced: 0.4 GiB of E2B on a CPU. Elsewhere nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _packed(model: Transformer, *, consume: bool) -> Transformer:
@@ -89,9 +114,6 @@ def _packed(model: Transformer, *, consume: bool) -> Transformer:
             "export.policy, or leave sample.packed out."
         )
     return packing.packed(model, grids, consume=consume)
-
-
-T = TypeVar("T")
 
 
 def placed(tree: T) -> T:

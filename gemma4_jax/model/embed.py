@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.kernels import vocabulary
+from gemma4_jax.kernels import slices, vocabulary
 from gemma4_jax.model.linear import Buffer, Dims, Grid, Linear, PackedGrid, value_of, variable_dims
 from gemma4_jax.model.norm import RMSNorm
 from gemma4_jax.sharding import current_mesh
@@ -36,7 +36,7 @@ class Embedding(nnx.Module):
             assert scale is not None
             rows = vocabulary.narrowed(self.packed.decode(self.w[...][tokens_BT], scale[tokens_BT], -1), dtype)
         elif current_mesh() is None:
-            rows = vocabulary.narrowed(self._round(self.w[...][tokens_BT]), dtype)
+            rows = vocabulary.narrowed(self._round(slices.rows(self.w[...], tokens_BT)), dtype)
         else:
             rows = vocabulary.lookup(self.w[...], tokens_BT, dtype, self._round)
         return rows * jnp.asarray(self.scale_dim**0.5, dtype)
