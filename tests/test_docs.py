@@ -32,6 +32,7 @@ PAGES = [
 ]
 SHELL = {"cd", ".", "touch", "cat", "git", "tensorboard", "kubectl"}
 PACKAGES = {"xpk", "xprof", "tensorboard", "jax-rocm7-plugin", "jax-rocm7-pjrt"}
+PACKAGES |= {"scikit-learn", "useful-moonshine-onnx"}  # a photograph and a recording lie in their wheels
 FLAGS |= {"xpk cluster create": "cluster zone project tpu-type num-slices", "xpk storage attach": ""}
 
 

@@ -164,6 +164,7 @@ COMMANDS = {
     "tiny_sft.py": [],
     "tiny_media_sft.py": [],
     "tiny_media_eval.py": [],
+    "tiny_media_sample.py": ["--config.prompts.text=Which colour is it?", "--config.prompts.images=a.png"],
     "tiny_qat.py": [],
     "tiny_lora.py": [],
     "tiny_lora.py:w4a16": [],
