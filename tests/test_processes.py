@@ -9,10 +9,14 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+from gemma4_jax.assets import make_media
 
 PROJECT = Path(__file__).resolve().parent.parent
 SIZES = {
@@ -37,9 +41,14 @@ OPTIONS = [
     *(f"--config.model.overrides.{key}={value}" for key, value in SIZES.items()),
 ]
 
+SEEING = dict(
+    layer_period=2, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size=64, intermediate_size=64, head_dim=32,
+    global_head_dim=32, sliding_window=16, hidden_size_per_layer_input=0,
+)  # fmt: skip
 
-def start(workdir: Path, *options: str, **variables: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "launch.run", *OPTIONS, f"--config.workdir={workdir}", *options]
+
+def start(workdir: Path, *options: str, base: Sequence[str] = OPTIONS, **variables: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "launch.run", *base, f"--config.workdir={workdir}", *options]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", **variables}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=PROJECT, env=env, text=True, stdout=pipe, stderr=pipe)
@@ -66,12 +75,12 @@ def as_pods(workdir: Path) -> list[str]:
     return finish(*(start(workdir, **told, JOB_COMPLETION_INDEX=str(index)) for index in range(2)))
 
 
-def as_srun(workdir: Path) -> list[str]:
+def as_srun(workdir: Path, **given: Any) -> list[str]:
     """Two processes as `srun --ntasks=2` starts them; JAX finds the rest from the name of the first node and the job's number."""
     step = {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}
     step |= {"SLURM_JOB_ID": str(os.getpid()), "JAX_COORDINATOR_PORT": str(free_port())}
     places = ({"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)} for index in range(2))
-    return finish(*(start(workdir, **step, **place) for place in places))
+    return finish(*(start(workdir, **step, **place, **given) for place in places))
 
 
 def values(workdir: Path, name: str) -> list[float]:
@@ -104,6 +113,32 @@ def test_two_processes_are_one_run_and_go_on_from_each_others_checkpoints(tmp_pa
     assert "resumed after step 2 of 4" in as_pods(one_then_two)[0]
     for workdir in (two_then_one, one_then_two):
         np.testing.assert_allclose(values(workdir, "train/loss"), expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_look_and_listen_as_one(tmp_path: Path):
+    """Batches with pictures and sounds, more of them on one process than on the other; projectors are trained too."""
+    pytest.importorskip("PIL.Image", reason="pictures need Pillow: the extra `media`")
+    pytest.importorskip("soundfile", reason="sounds need soundfile: the extra `media`")
+    make_media.main([str(tmp_path / "media"), "--pictures=6", "--sounds=8", "--heldout=1"])
+    seeing = [
+        "--config=configs/tiny_media_sft.py",
+        f"--config.data.paths={tmp_path}/media/train.jsonl",
+        *("--config.eval_data=none", "--config.data.seq_len=192", "--config.data.batch_size=2"),
+        *("--config.train.steps=3", "--config.train.log_every=1", "--config.optim.train=decoder,projectors"),
+        *("--config.optim.warmup_steps=1", "--config.optim.learning_rate=1e-4"),
+        *(f"--config.model.overrides.{key}={value}" for key, value in SEEING.items()),
+    ]
+    first, _ = as_srun(tmp_path / "two", base=seeing, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    finish(start(tmp_path / "one", base=seeing, JAX_DISABLE_MOST_OPTIMIZATIONS="1"))
+    assert "mesh fsdp 2: 2 devices, 2 processes" in first
+    assert "pictures of 70 soft tokens" in first
+    assert "sounds of" in first
+    expected, found = (values(tmp_path / name, "train/loss") for name in ("one", "two"))
+    assert len(expected) == 3
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    norms = (values(tmp_path / name, "train/grad_norm")[0] for name in ("one", "two"))
+    np.testing.assert_allclose(*norms, rtol=1e-5)
 
 
 def test_processes_that_do_not_meet_are_one_sentence(tmp_path: Path):
