@@ -30,6 +30,7 @@ class Meter:
     """Means over the steps since the last log line, weighted by trained tokens, and the speed.
 
     Device arrays are only kept, not read, until a line is due: reading each step's loss would make the host wait.
+    FLOPs are `flops_per_token` of the text model for each token, and what a step says of its towers (`tower_flops`).
     Time spent in evaluation, sampling and saving is left out of the speed. `goodput` is the share of the time since `begun`
     (time.perf_counter; none: now) that went into steps: reading weights, compiling, evaluating and saving are the rest.
     `skipped_in_a_row` is how many updates in a row, up to the last line, were skipped.
@@ -75,7 +76,8 @@ class Meter:
         values["learning_rate"] = rows[-1]["learning_rate"]
         values["tokens_per_second"] = sum(row["slots"] for row in rows) / seconds
         values["seconds_per_step"] = seconds / count
-        flops = values["tokens_per_second"] * self._flops_per_token
+        towers = sum(row.get("tower_flops", 0.0) for row in rows) / seconds
+        flops = values["tokens_per_second"] * self._flops_per_token + towers
         values["flops_per_second"] = flops
         if self._peak is not None:
             values["mfu"] = flops / self._peak

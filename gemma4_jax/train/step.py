@@ -15,6 +15,7 @@ from gemma4_jax.model.transformer import Transformer
 from gemma4_jax.sharding import constrain, rest
 from gemma4_jax.train.loss import Batch, loss_sum
 from gemma4_jax.train.state import TrainState
+from gemma4_jax.train.tower_flops import media_flops
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch, Transformer | None], tuple[TrainState, Metrics]]
@@ -38,7 +39,7 @@ def make_train_step(
     is the mean over all trained tokens of the whole batch. Metrics, float32 scalars: loss, ce, kl, accuracy, tokens (trained),
     slots (real tokens), grad_norm (before clipping), skipped (1: parameters and optimizer state are those of before, because loss
     or gradients are not finite or the norm is beyond `skip_above`); of a mixture of experts balance, max_load and unused
-    (`model.moe`) too.
+    (`model.moe`) too; of a batch with pictures or sounds tower_flops (`train.tower_flops`), the teacher's included.
     """
     if balance_weight and not template.cfg.num_experts:
         raise UserError(f"train.balance_weight={balance_weight} balances experts, but the model has none; set it to 0.")
@@ -69,6 +70,10 @@ def make_train_step(
             (total, sums), (of_others, of_layers) = differentiated(others, zeros)
             grads = {name: of_layers[name] if name in totals else of_others[name] for name in state.params}
             sums = {**sums, "loss_sum": total, "tokens": jnp.sum(micro["loss_weights"])}
+            if (media := micro.get("media")) is not None:
+                sums["tower_flops"] = media_flops(template.cfg, media, state.params)
+                if teacher is not None:
+                    sums["tower_flops"] += media_flops(teacher.cfg, media)
             return {**sums, "slots": jnp.sum(micro["positions"] >= 0, dtype=jnp.float32)}, resting(grads)
 
         sums, grads = one(batch) if grad_accum == 1 else _accumulate(one, resting, batch, grad_accum)
@@ -102,6 +107,7 @@ def _updated(
     metrics = {name: sums[key] * scale for name, key in _MEANS.items() if key in sums}
     metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": norm}
     metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
+    metrics |= {name: sums[name] for name in ("tower_flops",) if name in sums}
     return TrainState(state.step + 1, params, state.frozen, opt_state, state.base), metrics
 
 

@@ -12,7 +12,9 @@ from gemma4_jax.model.lora import MARK, TEXT_PARTS
 
 
 def flops_per_token(cfg: ModelConfig, seq_len: int, trained: Mapping[str, int] | None = None) -> float:
-    """Model FLOPs of one trained token: nothing recomputed, causal halves not counted.
+    """Model FLOPs of one trained token in the decoder: nothing recomputed, causal halves not counted.
+
+    What the towers do grows with pictures and sounds, not with tokens: `train.tower_flops`.
 
     A forward pass; as much again for the gradients of inputs, and of attention for those of its other operand; and 2 for each
     matrix weight whose own gradient is made: three forward passes' worth in all where everything is trained (6 N D), about two
