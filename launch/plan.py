@@ -20,7 +20,7 @@ from gemma4_jax.model.lora import adapted_shapes
 from gemma4_jax.model.transformer import abstract as abstract_parameters
 from gemma4_jax.plan import absent, checks, costs, hlo, report
 from gemma4_jax.plan.estimate import alternatives, estimate, sweep
-from gemma4_jax.plan.footprint import footprint
+from gemma4_jax.plan.footprint import footprint, tower_bytes
 from gemma4_jax.plan.job import Job
 from gemma4_jax.plan.network import places_of
 from gemma4_jax.plan.roofline import Roofline, roofline
@@ -48,10 +48,15 @@ def run_plan(run: PlanRun, write: Write = print) -> None:
         model = abstract_parameters(cfg, run.model.param_dtype)
         write(report.parameters(model if job.lora is None else adapted_shapes(model, job.lora), axes))
     write(report.attention(job, where.chip.platform))
+    if job.whole is not None:
+        write(
+            f"towers: they rest as they are, {report.gib(tower_bytes(job))} GiB a device; what they compute on pictures and sounds "
+            "is not in this plan, neither its FLOPs nor its memory"
+        )
     if run.plan.mode == "estimate":
         _estimate(run, job, where, write)
     else:
-        _compile(run, cfg, job, where, write)
+        _compile(run, job, where, write)
 
 
 def _job(run: PlanRun, cfg: ModelConfig, where: Topology) -> Job:
@@ -62,7 +67,7 @@ def _job(run: PlanRun, cfg: ModelConfig, where: Topology) -> Job:
     else:
         axes = training_axes(cfg, run.mesh, devices, plan.batch_size // plan.grad_accum, plan.seq_len)
     return Job(
-        cfg,
+        cfg.text_only(),
         plan.step,
         tuple(axes[name] for name in AXES),
         plan.batch_size,
@@ -74,6 +79,7 @@ def _job(run: PlanRun, cfg: ModelConfig, where: Topology) -> Job:
         first_moment=plan.first_moment,
         teacher=plan.step == "qat" and run.quant.distill_weight > 0,
         lora=run.lora if plan.step == "lora" else None,
+        whole=cfg if cfg.is_multimodal else None,
     )
 
 
@@ -97,7 +103,7 @@ def _estimate(run: PlanRun, job: Job, where: Topology, write: Write) -> None:
         raise _too_big(run, job, where, report.gib(found.total))
 
 
-def _compile(run: PlanRun, cfg: ModelConfig, job: Job, where: Topology, write: Write) -> None:
+def _compile(run: PlanRun, job: Job, where: Topology, write: Write) -> None:
     axes: dict[str, int] = dict(zip(AXES, job.sizes, strict=True))
     mesh = make_mesh(axes, absent.devices(where, run.mesh.slices)[: run.mesh.devices], run.mesh.slices)
     if run.plan.step != "decode":
@@ -105,7 +111,7 @@ def _compile(run: PlanRun, cfg: ModelConfig, job: Job, where: Topology, write: W
     guess = estimate(job, where, useful_flops(job), slices=run.mesh.slices)
     write(f"{run.plan.step} on {where.name}, mesh {shape_of(mesh)}; estimated {report.gib(guess.total)} GiB a device")
     started = time.perf_counter()
-    lowered = lower(run, cfg, mesh)
+    lowered = lower(run, job.cfg, mesh)
     write(
         f"traced in {time.perf_counter() - started:.0f} s; compiling for {where.name}, which takes minutes for a large model"
     )
@@ -149,7 +155,10 @@ def _trips(job: Job, mesh: Mesh) -> dict[str, int]:
 
 
 def _memory(job: Job, analysis: Any) -> dict[str, float]:
-    """Bytes of a device by what they are for. Arguments are known exactly; the rest is what the compiler adds at its peak."""
+    """Bytes of a device by what they are for. Arguments are known exactly; the rest is what the compiler adds at its peak.
+
+    Towers lie beside the program, which is of text.
+    """
     parts = {name: size for name, size in footprint(job).items() if name in ARGUMENTS}
     # The footprint counts whole tiles where the compiler may choose a layout without padding.
     scale = min(1.0, analysis.argument_size_in_bytes / sum(parts.values()))
@@ -160,7 +169,7 @@ def _memory(job: Job, analysis: Any) -> dict[str, float]:
         trained = parts["adapters"] if job.lora is not None else parts["parameters"] * 4 / job.param_bytes
         parts["gradients"] = min(working, trained)
         working -= parts["gradients"]
-    return {**parts, "activations and working memory": working}
+    return {**parts, "towers": tower_bytes(job), "activations and working memory": working}
 
 
 def _wanted(message: str) -> str:

@@ -49,6 +49,25 @@ def test_shares_are_those_of_the_shardings(name, sizes):
     )
 
 
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1, 1), (2, 2, 1, 1, 2)])
+def test_towers_rest_as_their_shardings_say(sizes):
+    """In the parameters' dtype, in QAT the teacher's beside them; nothing beside them is trained."""
+    whole = ModelConfig.variant("tiny_e2b", multimodal=True)
+    placed = sharding.parameter_shardings(sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True))))
+    parts = [(n, v) for n, v in variables(abstract(whole)).items() if n.startswith(("vision", "audio"))]
+    shapes = [placed(name, v).shard_shape(v.shape) for name, v in parts]
+    assert len(shapes) > 100
+    four, two = (sum(shares.tiled_bytes(shape, size) for shape in shapes) for size in (4, 2))
+    cases: list[tuple[Program, bool, int]]
+    cases = [("sft", False, four), ("qat", True, four + two), ("decode", False, two)]
+    for program, teacher, wanted in cases:
+        tried = Job(whole.text_only(), program, sizes, 8, 64, teacher=teacher, whole=whole)
+        without = footprint.footprint(dataclasses.replace(tried, whole=None))
+        assert footprint.footprint(tried) == {**without, "towers": wanted}
+    with pytest.raises(ValueError, match="cfg is of the text model"):
+        Job(whole, "sft", sizes, 8, 64)
+
+
 def test_cache_is_that_of_decoding():
     cfg, sizes = ModelConfig.variant("tiny_31b", head_dim=128, global_head_dim=256), (1, 2, 1, 2, 2)
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))

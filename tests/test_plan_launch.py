@@ -2,9 +2,13 @@
 
 import importlib.util
 import json
+import math
 
 import pytest
 
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.model.parameters import variables
+from gemma4_jax.model.transformer import abstract
 from launch.run import main
 
 PLAN = ["--config=configs/plan.py:31b", "--config.plan.mode=estimate"]
@@ -38,6 +42,24 @@ def test_an_estimate_of_adapters_has_a_base_that_stays(capsys):
     assert 30.7 * 0.5 / 4 < memory["base"] < 6 > 20 * memory["adapters"] / 2
     assert "own.full.attention.q.adapter.a" in out
     assert "own.full.attention.q.packed_scale" in out
+
+
+def test_towers_rest_beside_a_plan_of_text(capsys, tmp_path):
+    """What is planned is the text model's step, to the byte, and towers at rest; and it says what is left out."""
+    found, options = {}, ["--config.plan.topology=v6e:2x4", "--config.plan.batch_size=8", "--config.plan.seq_len=4096"]
+    for seeing in ("false", "true"):
+        path = tmp_path / f"{seeing}.json"
+        more = [f"--config.model.overrides.multimodal={seeing}", f"--config.plan.output={path}"]
+        assert main(["--config=configs/plan.py:e2b", "--config.plan.mode=estimate", *options, *more]) == 0
+        found[seeing], out = json.loads(path.read_text()), capsys.readouterr().out
+        assert ("is not in this plan, neither its FLOPs nor its memory" in out) == (seeing == "true")
+    towers = found["true"]["memory"].pop("towers")
+    assert found["true"]["memory"] == found["false"]["memory"]
+    assert found["true"]["mfu_bound"] == found["false"]["mfu_bound"]
+    whole = abstract(ModelConfig.variant("e2b", multimodal=True))
+    beside = [v for name, v in variables(whole).items() if name.startswith(("vision", "audio"))]
+    exact = 4 * sum(math.prod(v.shape) for v in beside) / 8
+    assert exact < towers < 1.15 * exact, "heads of 64 fill half a tile"
 
 
 def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):

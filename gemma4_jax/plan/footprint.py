@@ -50,8 +50,19 @@ PER_LAYER_INPUTS = ("per_layer.table.w", "per_layer.projection.w", "per_layer.pr
 def footprint(job: Job, constants: Constants = CONSTANTS) -> dict[str, float]:
     """Bytes by name: arguments, then the temporaries of the worst moment. Their sum is the compiler's peak."""
     parts = _arguments(job)
+    if job.whole is not None:
+        parts["towers"] = tower_bytes(job)
     moments = _training(job, constants) if job.trains else _inference(job, constants)
     return parts | max(moments, key=lambda moment: sum(moment.values()))
+
+
+def tower_bytes(job: Job) -> float:
+    """Towers and projectors at rest, and the teacher's: frozen, so nothing lies beside them. Not what they make of pictures."""
+    if job.whole is None:
+        return 0.0
+    whole, sizes = job.whole, job.sizes
+    kept = [job.param_bytes, *([job.compute_bytes] if job.teacher else [])]
+    return sum(resting_bytes(whole, sizes, itemsize) - resting_bytes(job.cfg, sizes, itemsize) for itemsize in kept)
 
 
 def _arguments(job: Job) -> dict[str, float]:

@@ -16,7 +16,10 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`rows` sequences of `length` tokens at a time over all devices; of decode, rows with caches of `length` slots."""
+    """`rows` sequences of `length` tokens at a time over all devices; of decode, rows with caches of `length` slots.
+
+    `cfg` is of the text model. `whole`: the same with towers, where it has them; they rest beside it, as they are.
+    """
 
     cfg: ModelConfig
     program: Program
@@ -30,6 +33,11 @@ class Job:
     first_moment: str = "float32"
     teacher: bool = False
     lora: LoraConfig | None = None
+    whole: ModelConfig | None = None
+
+    def __post_init__(self):
+        if self.cfg.is_multimodal:
+            raise ValueError("cfg is of the text model; give the one with towers as `whole`")
 
     @property
     def trains(self) -> bool:
