@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 
+from gemma4_jax import chat_media
+from gemma4_jax.chat import Span
 from gemma4_jax.config_media import TOWERS, AudioConfig, VisionConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.media import files
@@ -54,7 +56,8 @@ def movie(frames: list[np.ndarray], fps: int = 8, sound: np.ndarray | None = Non
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form) as container:
         stream = container.add_stream("mpeg4", rate=fps)
-        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        size = frames[0].shape[:2] if frames else (48, 64)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         track = container.add_stream("aac", rate=RATE, layout="mono") if sound is not None else None
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -130,6 +133,18 @@ def test_cells_hold_the_pixels_of_their_place():
     cell, patch = 2 * columns + 1, 5  # third row of cells, second column; second row of patches, third column
     top, left = 2 * 12 + 1 * 4, 1 * 12 + 2 * 4
     np.testing.assert_array_equal(piece.cells[cell, patch].reshape(4, 4, 3), exact[top : top + 4, left : left + 4])
+
+
+@pytest.mark.parametrize(("length", "count"), [(5000, 70), (30, 45), (1_000_000, 70)])
+def test_strips_of_one_pixel_become_one_row(length, count):
+    """As in the reference: a soft token for each cell along the strip, at most the budget; it is not refused."""
+    strip = np.repeat(picture(1, 1), length, axis=1)
+    strip[:, length // 2 :] = 255 - strip[0, 0]
+    for pixels, columns in ((strip, count), (strip.transpose(1, 0, 2), 1)):
+        piece = image_piece(pixels, VISION, 70)
+        assert (piece.count, piece.columns) == (count, columns)
+        np.testing.assert_array_equal(piece.cells[0, 0, :3], strip[0, 0])
+        np.testing.assert_array_equal(piece.cells[-1, -1, -3:], strip[0, -1])
 
 
 def bomb() -> bytes:
@@ -256,7 +271,12 @@ BAD_SOUNDS = {
     "integers": (np.zeros(5000, np.int16), "samples are not floats", "floats from -1 to 1, got int16"),
     "three axes": (np.zeros((5, 5, 5), np.float32), "empty audio", r"got \[5, 5, 5\]"),
     "text": (b"hello, no audio here" * 100, "not audio", "is not audio that soundfile or PyAV can read"),
-    "truncated": (wav(tone(1.0))[:30], "not audio", "is not audio"),
+    "truncated header": (wav(tone(1.0))[:30], "not audio", "is not audio"),
+    "truncated": (wav(tone(1.0))[:20_000], "truncated audio", "truncated: of 32000 bytes of samples 19956 are there"),
+    "empty file": (wav(tone(0.0)), "empty audio", "has no samples"),
+    "384 kHz file": (wav(tone(0.1, 384_000), 384_000), "sample rate", "sample rate of 384000 Hz"),
+    "uneven lists": (([[0.1], [0.2, 0.3]], RATE), "samples are not floats", "parts of different shapes"),
+    "words": ((["a", "b"], RATE), "samples are not floats", "must be floats from -1 to 1"),
     "url": ("http://example.com/a.wav", "media URL", "download it"),
     "number": (3, "not audio", "must be a path, bytes, samples"),
 }
@@ -264,13 +284,24 @@ BAD_SOUNDS = {
 
 @pytest.mark.parametrize("case", BAD_SOUNDS)
 def test_bad_sounds(case):
-    if case in ("text", "truncated"):
+    if case in ("text", "truncated", "truncated header", "empty file", "384 kHz file"):
         pytest.importorskip("soundfile", reason="audio files need soundfile: the extra `media`")
         pytest.importorskip("av", reason="videos need PyAV: the extra `media`")
     source, reason, message = BAD_SOUNDS[case]
     with pytest.raises(MediaError, match=f"^Row 3.*{message}") as error:
         sound_piece(source, None, "Row 3")
     assert error.value.reason == reason
+
+
+def test_a_header_from_before_the_sound_ended_is_no_truncation():
+    """Who writes into a pipe promises 4 GB; some promise a few bytes too many."""
+    pytest.importorskip("soundfile", reason="audio files need soundfile: the extra `media`")
+    whole = wav(tone(1.0))
+    for promised in (2**32 - 1, 2**31 - 1, 32_010):
+        data = bytearray(whole)
+        data[40:44] = promised.to_bytes(4, "little")
+        data[4:8] = min(promised + 36, 2**32 - 1).to_bytes(4, "little")
+        np.testing.assert_array_equal(sound_piece(bytes(data)).mel, sound_piece(whole).mel)
 
 
 # --- videos
@@ -315,6 +346,8 @@ BAD_VIDEOS = {
     "text": (b"hello, no video here" * 100, "not a video", "cannot be decoded"),
     "number": (3, "not a video", "got int"),
     "a bad frame": ([picture(), "nowhere.png"], "no such media file", "Row 3, frame 1"),
+    "truncated": (lambda: movie([picture(48, 64, i) for i in range(8)])[:-300], "not a video", "cannot be decoded"),
+    "no frame written": (lambda: movie([], sound=tone(0.5), form="matroska"), "video without frames", "has no frames"),
 }
 
 
@@ -323,7 +356,7 @@ def test_bad_videos(case):
     pytest.importorskip("av", reason="videos need PyAV: the extra `media`")
     source, reason, message = BAD_VIDEOS[case]
     with pytest.raises(MediaError, match=f"^Row 3.*{message}|{message}") as error:
-        film_of(source, 4, where="Row 3")
+        film_of(source() if callable(source) else source, 4, where="Row 3")
     assert error.value.reason == reason
 
 
@@ -423,6 +456,22 @@ BAD_PARTS = {
     "budget": ({"type": "image", "array": picture(), "max_soft_tokens": 256}, "soft token budget", "one of 70, 140"),
     "frames": ({"type": "video", "array": picture()[None], "num_frames": 0}, "video option", "at least 1, got 0"),
     "fps": ({"type": "video", "array": picture()[None], "fps": 0}, "frame rate", "fps is a number above 0"),
+    "fps of a file": (
+        {"type": "video", "path": "a.mp4", "fps": 2},
+        "option of arrays",
+        "has its own fps; .* num_frames",
+    ),
+    "rate of a file": (
+        {"type": "audio", "path": "a.wav", "sampling_rate": RATE},
+        "option of arrays",
+        "a file, which has its own sampling_rate",
+    ),
+    "rate given twice": (
+        {"type": "audio", "audio": (tone(1.0), RATE), "sampling_rate": RATE},
+        "samples are not floats",
+        "parts of different shapes",
+    ),
+    "text for bytes": ({"type": "image", "bytes": "iVBORw0KGgo="}, "media without a source", "must be bytes, got str"),
 }
 
 
@@ -438,6 +487,13 @@ def test_placeholders_in_text_are_more_placeholders_than_media():
     messages = text_of([{"type": "image", "array": picture()}, {"type": "text", "text": "<|image|> or <|video|>"}])[0]
     with pytest.raises(UserError, match=r"has 3 placeholders \(2 image, 1 video\) for 1 media \(1 image\)"):
         processor().encode(messages, add_generation_prompt=True)
+
+
+def test_fewer_placeholders_than_media():
+    """Where a medium is not rendered, whatever the reason, none is put in another's place."""
+    messages = text_of({"type": "image", "array": picture()})[0]
+    with pytest.raises(UserError, match=r"has 0 placeholders \(none\) for 1 media \(1 image\)"):
+        chat_media.expanded([Span("Look:", "user")], messages, processor().front_end.expand)
 
 
 def test_models_without_eyes_or_ears():

@@ -3,7 +3,9 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOptionalIterable=false, reportGeneralTypeIssues=false
 
+import io
 import json
+import wave
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +57,17 @@ def load() -> Iterator:
     yield make
     for loader in loaders:
         loader.close()
+
+
+def wav(samples: np.ndarray, rate: int = 16_000) -> bytes:
+    """A file of 16 bits a sample."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    return buffer.getvalue()
 
 
 def looked_up(media, row: int) -> list[tuple]:
@@ -197,6 +210,56 @@ def test_bad_media_are_counted_like_other_bad_rows_and_nothing_outside_the_root_
     rooted = load(tmp_path / "inside" / "rows.jsonl", seeing(root=str(tmp_path)), max_bad=1.0)
     assert rooted.summary.skipped["no such media file"] == 5  # paths are relative to the root that is given
     assert rooted.summary.examples == 1
+
+
+def test_bad_sounds_and_videos_are_counted_too(drawn, tmp_path, load, caplog):
+    """Everything of the kind that a file can have wrong, each its reason; a clip that is too long is cut, said, and used."""
+    av = pytest.importorskip("av", reason="videos need PyAV: the extra `media`")
+    assert av.__version__
+    good = next((drawn / "sounds").iterdir()).read_bytes()
+    files = {
+        "good.wav": good,
+        "cut.wav": good[: len(good) // 2],
+        "empty.wav": b"",
+        "silent.wav": wav(np.zeros(0)),
+        "fast.wav": wav(np.zeros(40_000), 384_000),
+        "long.wav": wav(np.zeros(31 * 16_000)),
+        "text.wav": b"no sound",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    parts = [{"type": "audio", "path": name} for name in [*files, "../out.wav"]]
+    parts += [{"type": "audio", "array": samples, "sampling_rate": 16_000} for samples in ([[0.1], [0.2, 0.3]], ["a"])]
+    parts += [{"type": "audio", "path": "good.wav", "sampling_rate": 16_000}, {"type": "video", "path": "good.wav"}]
+    parts += [{"type": "video", "path": "text.wav"}, {"type": "image", "bytes": "iVBORw0KGgo="}]
+    rows = [
+        {"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "yes"}]} for part in parts
+    ]
+    rows.append({"messages": [{"role": "user", "content": "<|audio|>"}, {"role": "assistant", "content": "yes"}]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level("WARNING"):
+        loader = load(tmp_path / "rows.jsonl", max_bad=1.0, seq_len=1024)
+    assert loader.summary.skipped == {
+        "truncated audio": 1,
+        "empty media file": 1,
+        "empty audio": 1,
+        "sample rate": 1,
+        "not audio": 1,
+        "media outside the root": 1,
+        "samples are not floats": 2,
+        "option of arrays": 1,
+        "video without frames": 1,
+        "not a video": 1,
+        "media without a source": 1,
+        "placeholders without media": 1,
+    }
+    assert loader.summary.examples == 2
+    assert "is longer than 30 s; only its first 30 s are heard" in caplog.text
+    deaf = Processor.load(assets.TOKENIZER).with_front_end(FrontEnd(CFG.vision, None, MediaConfig(image_tokens=70)))
+    with pytest.raises(
+        UserError, match=r"rows.jsonl:1: messages\[0\].content\[0\] is audio, but this model has no ears"
+    ):
+        load(tmp_path / "rows.jsonl", deaf, seq_len=1024)
 
 
 def test_a_model_without_eyes_takes_no_pictures(drawn, load):

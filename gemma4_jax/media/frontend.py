@@ -28,6 +28,8 @@ OPTIONS = {
     "video": {"max_soft_tokens", "num_frames", "fps", "listen"},
 }
 SOURCES = ("path", "bytes", "array")
+OF_ARRAYS = ("sampling_rate", "fps")
+"""Options that say of an array what a file says itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ class FrontEnd:
         if self.audio is None:
             text = f"{where} is audio, but this model has no ears: only E2B and E4B hear."
             raise MediaError("audio for a model without ears", text)
-        if "sampling_rate" in part:
+        if part.get("sampling_rate") is not None:
             source = (source, part["sampling_rate"])
         piece = sound_piece(source, self._root, where)
         return heard(piece.count), [piece]
@@ -137,7 +139,20 @@ def _source(part: Mapping[str, Any], kind: str, where: str) -> Any:
     if len(given) != 1:
         text = f"{where} wants exactly one of {', '.join((*SOURCES, kind))}, got {' and '.join(given) or 'none'}."
         raise MediaError("media without a source", text)
-    return part[given[0]]
+    source = part[given[0]]
+    raw = isinstance(source, bytes | bytearray | memoryview)
+    if given[0] == "bytes" and not raw:
+        text = (
+            f"{where}: bytes must be bytes, got {type(source).__name__}; JSON has none: write a file and give its path."
+        )
+        raise MediaError("media without a source", text)
+    told = [name for name in OF_ARRAYS if part.get(name) is not None]
+    if told and (raw or isinstance(source, str | Path)):
+        instead = "; num_frames is how many are looked at" if told[0] == "fps" else ""
+        raise MediaError(
+            "option of arrays", f"{where} is a file, which has its own {told[0]}; leave {told[0]} out{instead}."
+        )
+    return source
 
 
 def _budget(part: Mapping[str, Any], default: int, where: str) -> int:

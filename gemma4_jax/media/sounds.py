@@ -8,6 +8,7 @@ models/gemma4/feature_extraction_gemma4.py.
 import functools
 import io
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ FRAME, HOP, FFT, BINS = 320, 160, 512, 128
 FLOOR = 1e-3
 RATES = (1_000, 192_000)
 """Sample rates that are read."""
+
+CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+"""What libsndfile notes of a WAV, AIFF or AU file whose header promises other samples than there are."""
+
+UNKNOWN_SIZE = 2**31 - 2**16
+"""Headers written before the sound ended promise this or more."""
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +111,15 @@ def _read(source: Any, root: Path | None, where: str) -> tuple[np.ndarray, int, 
     if isinstance(source, np.ndarray):
         return source, RATE, False
     if isinstance(source, tuple) and len(source) == 2:
-        return np.asarray(source[0]), check_rate(source[1], where), False
+        try:
+            return np.asarray(source[0]), check_rate(source[1], where), False
+        except ValueError as error:  # lists of different lengths
+            if isinstance(error, MediaError):
+                raise
+            text = (
+                f"{where}: samples must be one array, [samples] or [samples, channels]; got parts of different shapes."
+            )
+            raise MediaError("samples are not floats", text) from None
     if not isinstance(source, str | Path | bytes | bytearray | memoryview):
         kind = type(source).__name__
         raise MediaError("not audio", f"{where} must be a path, bytes, samples or (samples, rate), got {kind}.")
@@ -114,9 +129,16 @@ def _read(source: Any, root: Path | None, where: str) -> tuple[np.ndarray, int, 
         with soundfile.SoundFile(file) as stream:
             rate = check_rate(stream.samplerate, where)
             samples = stream.read(30 * rate + 1, dtype="float32", always_2d=True)
+            notes = stream.extra_info
     except (soundfile.LibsndfileError, RuntimeError, TypeError) as error:
         return (*_sound_track(file, where, str(error)), False)
-    return samples[: 30 * rate], rate, len(samples) > 30 * rate
+    more = len(samples) > 30 * rate
+    if not more and (found := CUT_SHORT.search(notes)):
+        promised, there = int(found[1]), int(found[2])
+        if there < 0.99 * promised and promised < UNKNOWN_SIZE:  # less is a slip of who wrote the header
+            text = f"{where}: {name_of(file)} is truncated: of {promised} bytes of samples {there} are there."
+            raise MediaError("truncated audio", text)
+    return samples[: 30 * rate], rate, more
 
 
 def _sound_track(file: Path | io.BytesIO, where: str, reason: str) -> tuple[np.ndarray, int]:

@@ -99,7 +99,7 @@ def _decoded(file: Path | io.BytesIO, wanted: int, listen: bool, where: str) -> 
         _check_pixels(stream, where, name_of(file))
         total, rate = stream.frames, float(stream.average_rate or ASSUMED_FPS)
         if not total:  # not every container says; then it is counted
-            total = sum(1 for _ in _limited(container.decode(stream), where))
+            total = _check_count(sum(1 for _ in _limited(container.decode(stream), where)), where)
             container.seek(0)
         chosen = frame_indices(_check_count(total, where), wanted)
         frames = {}
