@@ -31,9 +31,9 @@ def test_rows_are_rows():
 
 
 def test_python_runs_as_it_stands(tmp_path: Path, monkeypatch, capsys):
-    """With a small model in place of the trained one, and where scikit-image is missing a picture in place of its photograph."""
+    """With a small model in place of the trained one, noise in place of the speech, and of the photograph without scikit-image."""
     pytest.importorskip("PIL.Image", reason="pictures need Pillow: the extra `media`")
-    pytest.importorskip("soxr", reason="sounds at 44.1 kHz need soxr: the extra `media`")
+    soundfile = pytest.importorskip("soundfile", reason="audio files need soundfile: the extra `media`")
     monkeypatch.chdir(tmp_path)
     sizes = dict(layer_period=2, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size=64, intermediate_size=64)
     save_model(init(ModelConfig.variant("tiny_e2b", multimodal=True, **sizes)), tmp_path / "runs" / "tiny_media_sft")
@@ -44,6 +44,9 @@ def test_python_runs_as_it_stands(tmp_path: Path, monkeypatch, capsys):
         photo = np.random.default_rng(0).integers(0, 256, (512, 512, 3)).astype(np.uint8)
         data = types.SimpleNamespace(astronaut=lambda: photo)
         monkeypatch.setitem(sys.modules, "skimage", types.SimpleNamespace(data=data))  # type: ignore[arg-type]
+    speech = tmp_path / "runs" / "real" / "moonshine_onnx" / "assets" / "beckett.wav"
+    speech.parent.mkdir(parents=True)
+    soundfile.write(speech, np.random.default_rng(0).normal(0, 0.1, 160_000), 16_000)
     names: dict = {}
     for block in blocks("python"):
         exec(compile(block, "docs/media.md", "exec"), names)
