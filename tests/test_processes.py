@@ -42,7 +42,7 @@ OPTIONS = [
 ]
 
 SEEING = dict(
-    layer_period=2, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size=64, intermediate_size=64, head_dim=32,
+    layer_period=2, num_hidden_layers=2, num_kv_shared_layers=0, hidden_size=64, intermediate_size=64, head_dim=32,
     global_head_dim=32, sliding_window=16, hidden_size_per_layer_input=0,
 )  # fmt: skip
 
@@ -117,7 +117,7 @@ def test_two_processes_are_one_run_and_go_on_from_each_others_checkpoints(tmp_pa
 
 @pytest.mark.slow
 def test_two_processes_look_and_listen_as_one(tmp_path: Path):
-    """Batches with pictures and sounds, more of them on one process than on the other; projectors are trained too."""
+    """Batches with pictures and sounds, of which each process reads its own; projectors are trained too."""
     pytest.importorskip("PIL.Image", reason="pictures need Pillow: the extra `media`")
     pytest.importorskip("soundfile", reason="sounds need soundfile: the extra `media`")
     make_media.main([str(tmp_path / "media"), "--pictures=6", "--sounds=8", "--heldout=1"])
