@@ -1,6 +1,7 @@
-"""Tables for a terminal: words to the left, numbers to the right."""
+"""Tables for a terminal: words to the left, numbers to the right, paths from where one stands."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 GAP = "  "
@@ -27,6 +28,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def percent(share: float) -> str:
     """`97.4 %`."""
     return f"{100 * share:.1f} %"
+
+
+def near(value: Any) -> Any:
+    """An absolute path below the working directory from there on, as one would type it; also in a list. Else the value itself."""
+    if isinstance(value, list | tuple):
+        return type(value)(near(one) for one in value)
+    here = f"{Path.cwd()}/"
+    return value.removeprefix(here) or value if isinstance(value, str) else value
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma4_jax.errors import UserError
+from gemma4_jax.tables import near
 from launch import schema, settings
 
 
@@ -20,7 +21,7 @@ def summary(run: settings.Run) -> str:
 def changed(mapping: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """(value, default) of the settings that differ from `defaults` (`known`), by dotted name; "" for a default nobody knows."""
     return {
-        key: (value, defaults.get(key, ""))
+        key: (near(value), defaults.get(key, ""))
         for key, value in flat(mapping).items()
         if key != "task" and (key not in defaults or defaults[key] != value)
     }

@@ -10,6 +10,7 @@ from conftest import PROJECT
 
 from gemma4_jax.errors import UserError
 from gemma4_jax.options import option
+from gemma4_jax.tables import near
 from launch import run, schema, settings
 from launch.overrides import apply_overrides, read_command_line
 from launch.record import keep_config, summary
@@ -316,6 +317,13 @@ def test_help_shows_tasks_and_every_key(launch):
 def test_summary_shows_only_what_differs():
     got = settings.read({"task": "convert", "convert": {"source": "a", "target": "b", "format": "hf"}})
     assert summary(got).split() == ["convert.source", "a", "convert.target", "b"]
+
+
+def test_summary_shows_paths_from_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    got = settings.read({"task": "convert", "convert": {"source": f"{tmp_path}/a/b", "target": f"{tmp_path}xy/c"}})
+    assert summary(got).split() == ["convert.source", "a/b", "convert.target", f"{tmp_path}xy/c"]
+    assert near((f"{tmp_path}/d", str(tmp_path), 3)) == ("d", str(tmp_path), 3)
 
 
 def test_a_plan_reads_no_answers_of_a_teacher():

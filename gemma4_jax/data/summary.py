@@ -11,6 +11,7 @@ from gemma4_jax.data.pack import best_fit
 from gemma4_jax.data.rows import RowTable
 from gemma4_jax.errors import UserError
 from gemma4_jax.media.batch import MediaShape
+from gemma4_jax.tables import near
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Summary:
         about = "about " if self.estimated else ""
         how = f"estimated from {self.checked:,}" if self.estimated else "all checked"
         lines = [
-            ("files", ", ".join(self.files[:3]) + more),
+            ("files", ", ".join(near(self.files[:3])) + more),
             ("rows", f"{self.rows:,} ({how})"),
             ("examples", f"{about}{self.examples:,}"),
             ("tokens", f"{about}{self.tokens:,}, {self.trained:.1%} of them trained"),
