@@ -76,7 +76,7 @@ def found(job: Job, compiled: dict[str, Any]) -> Found:
     arguments = [word for word in job.command.split() if word.startswith("--")]
     run = read_run(read_command_line([*arguments, "--config.plan.mode=estimate"]))
     assert isinstance(run, PlanRun)
-    planned = plan._job(run, model_config(run.model), where)
+    planned = plan.job_of(run, model_config(run.model), where)
     guess = estimate(planned, where, plan.useful_flops(planned))
     line = guess.roofline
     mesh = {axis: size for axis, size in guess.mesh.items() if size > 1}

@@ -42,7 +42,7 @@ def run_plan(run: PlanRun, write: Write = print) -> None:
     cfg, where = model_config(run.model), topology(run.plan.topology)
     if run.plan.batch_size % run.plan.grad_accum:
         raise UserError(f"plan.grad_accum={run.plan.grad_accum} does not divide plan.batch_size={run.plan.batch_size}.")
-    job = _job(run, cfg, where)
+    job = job_of(run, cfg, where)
     if run.plan.parameters:
         axes = AbstractMesh(job.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
         model = abstract_parameters(cfg, run.model.param_dtype)
@@ -59,7 +59,7 @@ def run_plan(run: PlanRun, write: Write = print) -> None:
         _compile(run, job, where, write)
 
 
-def _job(run: PlanRun, cfg: ModelConfig, where: Topology) -> Job:
+def job_of(run: PlanRun, cfg: ModelConfig, where: Topology) -> Job:
     """What is to be planned, with the mesh of the settings or the one that suits the step."""
     plan, devices = run.plan, run.mesh.devices or where.devices * run.mesh.slices
     if plan.step == "decode":
