@@ -110,15 +110,16 @@ def _measure(
 
 
 def _same_tokens(name: str, tokens: dict[str, list[list[int]]], *, exact: bool) -> None:
-    """UserError unless the sides agree on most tokens.
+    """UserError unless the sides agree on most tokens; of bfloat16, on many of the rows' first ones.
 
     With random weights two tokens are nearly as likely now and then, and rounding decides; from there on a row goes another way.
-    Other weights or a wrong layer agree on none.
+    Other weights or a wrong layer agree on none of a vocabulary of thousands. bfloat16 activations of the other side are another
+    rounding at every step.
     """
-    ours, *others = tokens.values()
+    ours, *others = (np.asarray(rows)[:, : None if exact else 1] for rows in tokens.values())
     for theirs in others:
-        agree = np.mean(np.asarray(ours) == np.asarray(theirs))
-        if agree < (least := 0.7 if exact else 0.2):
+        agree = np.mean(ours == theirs)
+        if agree < (least := 0.7 if exact else 0.3):
             raise UserError(
                 f"{name}: {agree:.0%} of the greedy tokens of both sides are the same; wanted {least:.0%} at least."
             )

@@ -9,7 +9,6 @@ tokens. A picture is resized, cut and looked at alone, as a request is; sounds c
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import keep
 from benchmarks.worker import Answer, transformers_python, worker
 from gemma4_jax.checkpoint.hf import save_hf
 from gemma4_jax.config import ModelConfig
@@ -39,8 +39,9 @@ SECONDS = (3.7, 12.0, 30.0)
 WANTED = {"images_per_s": 1.0, "audio_s_per_s": 1.0}
 """Times as fast as transformers that this project means to be at least."""
 
-TOLERANCE = 2e-3
-"""Largest difference of soft tokens, relative to their largest: float32 sums in another order through 27 layers."""
+TOLERANCE = 1e-2
+"""Largest difference of soft tokens, relative to their largest. Noise through random towers amplifies rounding: of the small ones'
+pictures transformers in float32 is up to 3.2e-3 away from itself in float64, ours 4.6e-3; of sounds the sides differ by 3e-6."""
 
 
 def compare(names: list[str], *, quick: bool, turns: int, peer: Path | None, save: bool) -> None:
@@ -51,16 +52,17 @@ def compare(names: list[str], *, quick: bool, turns: int, peer: Path | None, sav
     sides = {"gemma4_jax": (sys.executable, "benchmarks.ours_media")}
     if peer is not None:
         sides["transformers"] = (str(peer.absolute()), "benchmarks.peer_transformers_media")
-    records = [record for name in names for record in _measure(name, quick, turns, sides)]
+    records = []
+    for name in names:
+        command = f"python -m benchmarks.media{' --quick' * quick} --towers {name} --turns {turns}"
+        records += [{"command": command, **record} for record in _measure(name, quick, turns, sides)]
     header = ("towers", "by", "images/s", "of that preparing s", "audio s/s", "of that preparing s", "GB")
     print(table(header, [_row(record) for record in records]))
     for name in names:
         print(*_ratios([record for record in records if record["towers"] == name]), sep="\n")
     print(*dict.fromkeys(f"{record['by']}: {record['version']}" for record in records), sep="\n")
     if save:
-        path = Path(__file__).parent / "results" / ("media_quick.json" if quick else "media.json")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"cores": cores, "load_average": load, "records": records}, indent=1) + "\n")
+        keep.save("media_quick" if quick else "media", records, load)
 
 
 def _measure(name: str, quick: bool, turns: int, sides: dict[str, tuple[str, str]]) -> list[Answer]:
