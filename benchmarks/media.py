@@ -39,9 +39,12 @@ SECONDS = (3.7, 12.0, 30.0)
 WANTED = {"images_per_s": 1.0, "audio_s_per_s": 1.0}
 """Times as fast as transformers that this project means to be at least."""
 
-TOLERANCE = 1e-2
-"""Largest difference of soft tokens, relative to their largest. Noise through random towers amplifies rounding: of the small ones'
-pictures transformers in float32 is up to 3.2e-3 away from itself in float64, ours 4.6e-3; of sounds the sides differ by 3e-6."""
+TOLERANCE = 1e-3
+"""Largest difference of soft tokens, relative to their largest: float32 sums in another order through 27 layers."""
+
+TAME = 0.1
+"""Scale of the norms behind attention and feed-forward in the eyes. With 1, random layers amplify rounding until transformers in
+float32 is 2.3e-2 away from itself in float64 (large towers), and a comparison shows nothing."""
 
 
 def compare(names: list[str], *, quick: bool, turns: int, peer: Path | None, save: bool) -> None:
@@ -103,11 +106,13 @@ def _picture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _scrambled(model: Transformer) -> Transformer:
-    """Clip bounds that bite now and then: infinite ones could be skipped."""
+    """Clip bounds that bite now and then (infinite ones could be skipped), and layers that do not amplify rounding."""
     bounds = {"input_min": -4.0, "output_min": -4.0, "input_max": 4.0, "output_max": 4.0}
 
     def value(name: str, variable: Any) -> Any:
         old, bound = variable.get_value(), bounds.get(name.rsplit(".", 1)[-1])
+        if name.startswith("vision.") and ".post_" in name:
+            bound = TAME
         return old if bound is None else np.full(old.shape, bound, np.float32)
 
     return map_arrays(value, model)
