@@ -23,6 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from benchmarks.worker import peak_gb
 from gemma4_jax.checkpoint import names
 from gemma4_jax.checkpoint.canvas import Canvas
 from gemma4_jax.checkpoint.exports import export
@@ -114,8 +115,7 @@ def _one(form: str, source: str, target: str) -> None:
         seconds, read = report.outcome.seconds, report.outcome.read_bytes
         digest = time.perf_counter() - started - seconds
         record = {"policy": POLICIES[form] or "float", "gb": report.bytes / 1e9, "digest_s": digest}
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
+    peak = (peak_gb() or 0.0) * 1e9 / 2**30
     record |= {"seconds": seconds, "mb_per_s": read / seconds / 1e6, "peak_gib": peak}
     print(json.dumps({"what": form, **record}))
 

@@ -42,11 +42,9 @@ def main(checkpoint: Path) -> None:
         """The prefill ends with the first token; the loop takes a step for which there is no room any more."""
         length = tokens.shape[1] + new
         if length not in samplers:
-            sizes = {
-                "num_layers": model.config.num_layers,
-                "num_kv_heads": 1,
-                "head_dim": 1,
-            }  # unread: init_cache has them
+            sizes = dict.fromkeys(
+                ("num_layers", "num_kv_heads", "head_dim"), 1
+            )  # unread: the model's init_cache has them
             samplers[length] = tunix_sampler.Sampler(model, _Tokenizer(), tunix_sampler.CacheConfig(length, **sizes))
             samplers[length].eos_ids = jnp.array([-1])
         sampler = samplers[length]

@@ -1,9 +1,8 @@
 """Teaches a tiny E2B to see and to hear, from random weights: colours and shapes of drawn pictures, low and high tones.
 
 Takes six minutes on two CPU cores; then 91 % of the held-out answers are right: all colours and tones, 72 % of shapes.
-Before it none is.
-The towers are trained here because they start from random weights; those of a released model stay as they are unless
-`optim.train` names them. The data are drawn by a script, and a question costs 64 to 70 soft tokens.
+Before training none is. The towers are trained here because they start from random weights; those of a released model stay
+as they are unless `optim.train` names them. The data are drawn by a script, and a question costs 64 to 70 soft tokens.
 
     python -m gemma4_jax.assets.make_media runs/media
     python -m launch.run --config=configs/tiny_media_sft.py

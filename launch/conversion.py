@@ -38,12 +38,15 @@ def run_convert(run: ConvertRun, write: Callable[[str], None] = print) -> None:
         if can_stream(source):
             write_hf(source, target, dtype=config.dtype, requantise=True, **options)
         else:  # a grid is applied to the weights as stored; writing casts them
-            write("weights are written as the grid they were trained on rounds them")
+            if source.grids:
+                write("weights are written as the grid they were trained on rounds them")
+            del source  # adapters were merged in memory, which would hold them twice
             save_hf(load(config.source, text_only=config.text_only), target, dtype=config.dtype, **options)
     else:
         if can_stream(source):
             save_source(source, target, dtype=config.dtype)
         else:
+            del source
             save_model(load(config.source, dtype=config.dtype, text_only=config.text_only), target)
         if processor is not None:
             processor.save(target)

@@ -3,15 +3,14 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # pyright: reportOptionalIterable=false, reportGeneralTypeIssues=false
 
-import io
 import json
-import wave
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from test_media import wav
 
 from gemma4_jax import assets
 from gemma4_jax.config import ModelConfig
@@ -57,17 +56,6 @@ def load() -> Iterator:
     yield make
     for loader in loaders:
         loader.close()
-
-
-def wav(samples: np.ndarray, rate: int = 16_000) -> bytes:
-    """A file of 16 bits a sample."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((samples * 32767).astype("<i2").tobytes())
-    return buffer.getvalue()
 
 
 def looked_up(media, row: int) -> list[tuple]:

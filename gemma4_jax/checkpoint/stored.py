@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma4_jax.checkpoint.safetensors_io import row_blocks
+from gemma4_jax.checkpoint.safetensors_io import BLOCK_BYTES, row_blocks
 from gemma4_jax.errors import UserError
 
 CHUNK_CACHE = 1 << 30
@@ -28,8 +28,10 @@ class Stored:
         if not self.shape:
             yield 0, self[()].reshape(-1)
             return
-        row = math.prod(self.shape[1:])
-        for rows in row_blocks(self.shape, self.dtype.itemsize):
+        row, whole = math.prod(self.shape[1:]), self.opened.chunk_layout.read_chunk.shape[0]
+        # A chunk is decoded as a whole, and one larger than the cache for every block of it.
+        step = max(whole, BLOCK_BYTES // max(1, row * self.dtype.itemsize))
+        for rows in row_blocks(self.shape, self.dtype.itemsize, step):
             yield rows.start * row, self[(rows,)].reshape(-1)
 
     def __getitem__(self, index: tuple[Any, ...]) -> np.ndarray:

@@ -98,7 +98,7 @@ def _ready(part: N, dtype: str, *, mine: bool) -> N:
 
 
 def _give_back_memory() -> None:
-    """To the system what glibc keeps of the weights that were replaced: 0.4 GiB of E2B on a CPU. Elsewhere nothing."""
+    """To the system what glibc keeps of the host arrays that were replaced: 0.4 GiB of E2B on a CPU. Without glibc nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -107,7 +107,8 @@ def _updated(
     metrics = {name: sums[key] * scale for name, key in _MEANS.items() if key in sums}
     metrics |= {"tokens": sums["tokens"], "slots": sums["slots"], "grad_norm": norm}
     metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
-    metrics |= {name: sums[name] for name in ("tower_flops",) if name in sums}
+    if "tower_flops" in sums:
+        metrics["tower_flops"] = sums["tower_flops"]
     return TrainState(state.step + 1, params, state.frozen, opt_state, state.base), metrics
 
 

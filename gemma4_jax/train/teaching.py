@@ -112,9 +112,8 @@ class Answers:
         answers = index.with_name(index.name.replace("rows", "answers"))
         entries = np.frombuffer(index.read_bytes()[: index.stat().st_size // ENTRY.itemsize * ENTRY.itemsize], ENTRY)
         there = answers.stat().st_size // self._position.itemsize
-        entries = entries[
-            entries["start"] + entries["count"] <= there
-        ]  # a machine that fell may have lost the last answers
+        # A machine that fell may have lost the last answers.
+        entries = entries[entries["start"] + entries["count"] <= there]
         for entry in entries:
             self._entries[entry["row"].tobytes()] = answers, int(entry["start"]), int(entry["count"])
         if index.name == f"rows-{self._writer:05}.bin":  # a killed writer may have left the beginning of another answer
