@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemma4_jax.checkpoint.hf import save_hf
 from gemma4_jax.checkpoint.hf_export import write_hf
 from gemma4_jax.checkpoint.load import load
 from gemma4_jax.checkpoint.source import of_path
@@ -35,13 +34,9 @@ def run_convert(run: ConvertRun, write: Callable[[str], None] = print) -> None:
         options: dict[str, Any] = {"max_shard_size": config.max_shard_size}
         if home is not None and processor is not None:
             options |= {"stop_ids": processor.stop_ids, "extra_files": [find_file(home)]}
-        if can_stream(source):
-            write_hf(source, target, dtype=config.dtype, requantise=True, **options)
-        else:  # a grid is applied to the weights as stored; writing casts them
-            if source.grids:
-                write("weights are written as the grid they were trained on rounds them")
-            del source  # adapters were merged in memory, which would hold them twice
-            save_hf(load(config.source, text_only=config.text_only), target, dtype=config.dtype, **options)
+        if source.grids:
+            write("weights are written as the grid they were trained on rounds them")
+        write_hf(source, target, dtype=config.dtype, requantise=True, **options)
     else:
         if can_stream(source):
             save_source(source, target, dtype=config.dtype)

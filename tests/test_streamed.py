@@ -16,8 +16,10 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.model.parameters import arrays, map_arrays
 from gemma4_jax.model.transformer import Transformer, abstract
+from gemma4_jax.quant import policy
 
 SMALL = dict(vocab_size=300, hidden_size=32, head_dim=16, global_head_dim=32)
+PER_LAYER = {"tiny_e2b": {"vocab_size_per_layer_input": 300}}
 
 
 def random_model(variant: str, **changes) -> Transformer:
@@ -33,7 +35,7 @@ def random_model(variant: str, **changes) -> Transformer:
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("variant", "changes"),
-    [("tiny_e2b", {"vocab_size_per_layer_input": 300}), ("tiny_26b_a4b", {"multimodal": True})],
+    [("tiny_e2b", PER_LAYER["tiny_e2b"]), ("tiny_26b_a4b", {"multimodal": True})],
 )
 def test_a_streamed_directory_is_that_of_the_loaded_model(variant, changes, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(streamed, "CHUNK", 5000)  # tables of many chunks, the last of them smaller
@@ -77,10 +79,21 @@ def test_a_full_directory_is_refused_before_a_weight_is_read(tmp_path):
         streamed.save_source(source(tmp_path / "hf"), tmp_path / "hf")
 
 
-@pytest.mark.parametrize("spelling", ["tiny_e2b", "tiny_26b_a4b"])
-def test_a_streamed_export_is_that_of_the_loaded_model(spelling, tmp_path):
-    """From our directory to Hugging Face's: the same bytes, in as many files."""
-    save_model(random_model(spelling, multimodal=True), tmp_path / "ours")
+@pytest.mark.parametrize(
+    ("variant", "grids"),
+    [
+        ("tiny_e2b", None),
+        ("tiny_26b_a4b", None),
+        ("tiny_e2b", {"policy": "q4_0", "learn_scales": True}),
+        ("tiny_26b_a4b", {"policy": "w4a16"}),
+        ("tiny_e2b", {"policy": "mobile"}),
+    ],
+    ids=lambda value: value["policy"] if isinstance(value, dict) else value,
+)
+def test_a_streamed_export_is_that_of_the_loaded_model(variant, grids, tmp_path):
+    """From our directory to Hugging Face's: the same bytes, in as many files, on a grid as the grid rounds them."""
+    model = random_model(variant, multimodal=True, **PER_LAYER.get(variant, {}))
+    save_model(model if grids is None else policy.apply(model, policy.QuantConfig(**grids)), tmp_path / "ours")
     write_hf(source(tmp_path / "ours"), tmp_path / "streamed", max_shard_size="1MB", requantise=True)
     save_hf(load(tmp_path / "ours"), tmp_path / "held", max_shard_size="1MB")
     names = sorted(file.name for file in (tmp_path / "held").iterdir())
