@@ -23,6 +23,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from benchmarks import keep
 from benchmarks.worker import peak_gb
 from gemma4_jax.checkpoint import names
 from gemma4_jax.checkpoint.canvas import Canvas
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=sorted(VARIANTS), default="e2b")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--home", type=Path, help="where to write; default: a temporary directory")
-    parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
+    parser.add_argument("--save", action="store_true", help="keep the records in benchmarks/results")
     parser.add_argument("--one", nargs=3, metavar=("FORMAT", "SOURCE", "TARGET"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -55,7 +56,7 @@ def main() -> None:
         return
     if "hf_of_orbax" in options.formats and "orbax" not in options.formats:
         parser.error("--formats hf_of_orbax reads what orbax writes; name both")
-    home = Path(tempfile.mkdtemp(dir=options.home))
+    home, load = Path(tempfile.mkdtemp(dir=options.home)), os.getloadavg()[0]
     try:
         records = [write_checkpoint(options.variant, home / "source")]
         for form in sorted(options.formats, key=FORMATS.index):
@@ -74,9 +75,8 @@ def main() -> None:
     keys = ("what", "policy", "gb", "seconds", "mb_per_s", "peak_gib", "digest_s")
     print(table(header, [tuple(record.get(key) for key in keys) for record in records]))
     if options.save:
-        path = Path(__file__).parent / "results" / "export.json"
-        facts = {"variant": options.variant, "cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
-        path.write_text(json.dumps({**facts, "records": records}, indent=1) + "\n")
+        command = f"python -m benchmarks.export --variant {options.variant} --formats {' '.join(options.formats)}"
+        keep.save("export", [{"command": command, **record} for record in records], load)
 
 
 def write_checkpoint(variant: str, directory: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks import keep
 from gemma4_jax.checkpoint.exports import export
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.infer.generate import Sampler
@@ -46,19 +47,20 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=150, help="of training")
-    parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
+    parser.add_argument("--save", action="store_true", help="keep the records in benchmarks/results")
     options = parser.parse_args()
     tokenizer_file = DATA / "tokenizer_gemma4.model"
     if not tokenizer_file.is_file():
         parser.exit(1, f"benchmarks: the real tokenizer and data are not in {DATA}\n")
     tokenizer = Tokenizer.load(tokenizer_file)
     train, held_out = (_tokens(tokenizer, f"gsm8k_{part}.jsonl") for part in ("train", "test"))
-    prompts = _prompts(held_out)
+    prompts, load = _prompts(held_out), os.getloadavg()[0]
     records = []
     for variant in options.models:
         with tempfile.TemporaryDirectory() as home:
+            command = f"python -m benchmarks.llama_cpp --models {variant} --steps {options.steps}"
             for record in _compare(variant, options.steps, train, prompts, tokenizer_file, Path(home)):
-                records.append(record)
+                records.append({"command": command, "prompts": PROMPTS, **record})
                 print(json.dumps(record), flush=True)
     header = ("model", "stored as", "same greedy token", "mean logprob difference", "largest", "loss")
     rows = [
@@ -74,8 +76,7 @@ def main() -> None:
     ]
     print(table(header, rows))
     if options.save:
-        path = Path(__file__).parent / "results" / "llama_cpp.json"
-        path.write_text(json.dumps({"prompts": PROMPTS, "steps": options.steps, "records": records}, indent=1) + "\n")
+        keep.save("llama_cpp", records, load)
 
 
 def _compare(

@@ -1,6 +1,6 @@
 """Pictures and seconds of sound a second, from pixels and samples to soft tokens, beside transformers on the same weights.
 
-    python -m benchmarks.media [--quick] [--towers small large] [--turns N] [--peer-python PATH] [--save]
+    python -m benchmarks.media [--quick] [--towers small large] [--turns N] [--peer NAME=PYTHON] [--save]
 
 The towers are of published size (small: those of E2B and E4B; large: the eyes of 26B-A4B and 31B), the text model behind them is
 tiny. Both sides are processes of their own that take turns (`worker.py`), after a turn that compiles, and must agree on the soft
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import keep
-from benchmarks.worker import Answer, transformers_python, worker
+from benchmarks.worker import Answer, add_peers, given_peers, worker
 from gemma4_jax.checkpoint.hf import save_hf
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
@@ -42,19 +42,20 @@ WANTED = {"images_per_s": 1.0, "audio_s_per_s": 1.0}
 TOLERANCE = 1e-3
 """Largest difference of soft tokens, relative to their largest: float32 sums in another order through 27 layers."""
 
+PEERS = {"transformers": "benchmarks.peer_transformers_media"}
+"""Its environment has torch and Pillow too."""
 TAME = 0.1
 """Scale of the norms behind attention and feed-forward in the eyes. With 1, random layers amplify rounding until transformers in
 float32 is 2.3e-2 away from itself in float64 (large towers), and a comparison shows nothing."""
 
 
-def compare(names: list[str], *, quick: bool, turns: int, peer: Path | None, save: bool) -> None:
+def compare(names: list[str], *, quick: bool, turns: int, peers: dict[str, Path], save: bool) -> None:
     """Prints medians and ratios; UserError if the sides see or hear different things."""
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     busy = "; TOO BUSY for the numbers to mean much" * (load > 0.75 * cores)
     print(f"{cores} cores, load average {load:.2f}{busy}", flush=True)
     sides = {"gemma4_jax": (sys.executable, "benchmarks.ours_media")}
-    if peer is not None:
-        sides["transformers"] = (str(peer.absolute()), "benchmarks.peer_transformers_media")
+    sides |= {name: (str(python.absolute()), PEERS[name]) for name, python in peers.items()}
     records = []
     for name in names:
         command = f"python -m benchmarks.media{' --quick' * quick} --towers {name} --turns {turns}"
@@ -155,19 +156,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, not how fast")
     parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS), help="default: all")
     parser.add_argument("--turns", type=int, choices=range(1, 100), metavar="N", default=5, help="of each side")
-    parser.add_argument(
-        "--peer-python",
-        type=Path,
-        metavar="PATH",
-        help="of an environment with transformers, torch and Pillow",
-    )
+    add_peers(parser, PEERS)
     parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
     options = parser.parse_args()
-    peer: Path | None = options.peer_python or transformers_python()
-    if peer is not None and not peer.is_file():
-        parser.error(f"--peer-python {peer} does not exist; name the bin/python of an environment with transformers")
+    peers = given_peers(parser, options.peer, PEERS)
     try:
-        compare(options.towers, quick=options.quick, turns=options.turns, peer=peer, save=options.save)
+        compare(options.towers, quick=options.quick, turns=options.turns, peers=peers, save=options.save)
     except UserError as error:
         sys.exit(f"benchmarks: {error}")
 

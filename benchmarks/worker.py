@@ -27,9 +27,18 @@ def serve(facts: Answer, step: Callable[[], float]) -> None:
 
 def peak_gb() -> float | None:
     """Most resident memory in 10^9 bytes; None without /proc. (getrusage would count what the parent held at exec.)"""
+    return _status_gb("VmHWM")
+
+
+def resident_gb() -> float | None:
+    """Resident memory now in 10^9 bytes; None without /proc."""
+    return _status_gb("VmRSS")
+
+
+def _status_gb(field: str) -> float | None:
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM")), None)
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith(field)), None)
 
 
 def add_peers(parser: argparse.ArgumentParser, known: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.generate import Sampler
 from gemma4_jax.infer.weights import decoder_of, parts_of
+from gemma4_jax.model import embed
 from gemma4_jax.model.embed import Embedding
 from gemma4_jax.model.linear import Weight
 from gemma4_jax.model.parameters import arrays, map_arrays, modules
@@ -65,38 +66,44 @@ def test_tokens_on_a_mesh_are_those_of_one_device(model, of_codes):
 
 def test_bytes_fall(model):
     def size(decoder) -> dict[bool, int]:
-        weights = {
-            f"{path}." for path, module in modules(decoder) if isinstance(module, Weight) and module.role != "router"
+        coded = {
+            f"{path}."
+            for path, module in modules(decoder)
+            if isinstance(module, Weight | Embedding) and module.role != "router"
         }
         found = {True: 0, False: 0}
         for name, x in arrays(decoder).items():
-            found[any(name.startswith(path) for path in weights)] += x.nbytes
+            found[any(name.startswith(path) for path in coded)] += x.nbytes
         return found
 
     codes, floats = size(parts_of(model, packed=True)[0]), size(decoder_of(model))
     assert codes[False] == floats[False]
-    # 4 bits and a float16 scale for 32 weights, against 32 bits.
+    # 4 bits and a scale of 16 for 32 weights, against 32 bits.
     assert codes[True] == floats[True] * (4 + 16 / 32) / 32
 
 
-def test_per_layer_embeddings_are_looked_up_among_codes():
-    """Two thirds of E2B's bytes: rows of codes, decoded where they are read; not on a mesh, where rows travel as numbers."""
+@pytest.mark.parametrize(("policy", "rows"), [("q4_0", 128), ("mobile", 128), ("q4_0", 48), ("q4_0", 1000)])
+def test_tables_are_read_among_codes(policy, rows, monkeypatch):
+    """Rows of codes are decoded where they are read, some at a time for the head; not on a mesh, where rows travel as numbers."""
+    monkeypatch.setattr(embed, "PART", rows)
     sizes = dict(layer_period=2, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size=64, intermediate_size=64)
     cfg = ModelConfig.variant("tiny_e2b", vocab_size=128, **sizes)
-    model = apply(init(cfg, 1), QuantConfig())
-
-    def table(of) -> Embedding:
-        assert of.per_layer is not None
-        return of.per_layer.table
-
-    codes = table(parts_of(model, packed=True)[0])
-    assert codes.w[...].dtype == np.uint8
+    plain = init(cfg, 1)
+    model = apply(plain, QuantConfig(policy=policy, activations="none", kv_cache="none"))
+    codes, rounded = parts_of(model, packed=True)[0], decoder_of(model)
     tokens = jnp.arange(128).reshape(8, 16)
-    wanted = table(model).lookup(tokens, "float32")
-    np.testing.assert_array_equal(codes.lookup(tokens, "float32"), wanted)
-    assert np.abs(wanted - table(init(cfg, 1)).lookup(tokens, "float32")).max() > 0
+    for table_of in (lambda of: of.embed, lambda of: of.per_layer.table):
+        table = table_of(codes)
+        assert table.w[...].dtype == np.uint8
+        wanted = table_of(model).lookup(tokens, "float32")
+        np.testing.assert_array_equal(table.lookup(tokens, "float32"), wanted)
+        assert np.abs(wanted - table_of(plain).lookup(tokens, "float32")).max() > 0
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 64)), "float32")
+    np.testing.assert_allclose(codes.logits(hidden), rounded.logits(hidden), rtol=0, atol=1e-5)
     with jax.set_mesh(make_mesh({"fsdp": 8})):
-        assert table(parts_of(model, packed=True)[0]).w[...].dtype == np.float32
+        whole = parts_of(model, packed=True)[0]
+        assert whole.per_layer is not None
+        assert {table.w[...].dtype for table in (whole.embed, whole.per_layer.table)} == {np.dtype("float32")}
 
 
 def test_there_must_be_codes():

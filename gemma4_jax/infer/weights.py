@@ -56,8 +56,8 @@ def parts_of(model: Transformer, *, consume: bool = False, packed: bool = False)
     are read by rows, which are rounded and cast one by one, are the model's own arrays, not copies. With `consume` the model's
     weights are deleted as soon as there are others in their place, so that none but the one at hand exists twice: layers are
     cut out of their stacks first and cast one by one; the model must not be used any more. `packed`
-    leaves linear maps and experts with a grid as codes, for each step to decode, and without a mesh the rows of per-layer
-    embeddings: the same numbers, a seventh of the bytes of float32 at 4 bits.
+    leaves linear maps and experts with a grid as codes, for each step to decode, and without a mesh the embeddings too: the same
+    numbers, a seventh of the bytes of float32 at 4 bits.
 
     Raises UserError where `packed` finds no grid.
     """
@@ -81,9 +81,9 @@ def _ready(part: N, dtype: str, *, mine: bool) -> N:
     """A part with its weights as they are multiplied with; `mine`: those that they replace are deleted."""
 
     def ready(module):
-        if isinstance(module, Weight) and module.packed is not None:
+        if not _is_weight(module) or module.packed is not None:
             return module
-        if not _is_weight(module) or module.role == packing.LOOKED_UP or multiplies_in(module.role, dtype) is None:
+        if module.role == packing.LOOKED_UP or multiplies_in(module.role, dtype) is None:
             return module
         plain = module.plain if isinstance(module, Weight) else module.grid is None
         if plain and module.w.get_value().dtype == dtype:

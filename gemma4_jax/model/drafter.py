@@ -80,9 +80,9 @@ class Drafter(nnx.Module):
 
         With centroids C is the tokens of the best clusters (of E2B 32 of 2048, 4096 tokens); the others are never drafted.
         """
-        table = self.embed.head(state_BD.dtype)
         if self.centroids is None or self.token_ordering is None:
-            return jnp.einsum("BD,VD->BV", state_BD, table, preferred_element_type=jnp.float32), None
+            return self.embed.scores(state_BD), None
+        table = self.embed.head(state_BD.dtype)
         clusters = self.token_ordering[...].reshape(self.cfg.num_centroids, -1)
         _, best = jax.lax.top_k(self.centroids(state_BD), self.cfg.centroid_intermediate_top_k)
         ids = clusters[best].reshape(state_BD.shape[0], -1)

@@ -1,5 +1,7 @@
 """Token embedding (tied with the output head) and the per-layer embeddings of E2B and E4B."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,13 +12,16 @@ from gemma4_jax.model.linear import Buffer, Dims, Grid, Linear, PackedGrid, valu
 from gemma4_jax.model.norm import RMSNorm
 from gemma4_jax.sharding import current_mesh
 
+PART = 4096
+"""Rows of a packed table that the head decodes at a time: 24 MiB of E2B's in float32."""
+
 
 class Embedding(nnx.Module):
     """A table [V, width] read by rows, scaled by sqrt(scale_dim); the head multiplies by the same table.
 
     Quantisation blocks run along a row, so a lookup rounds only the rows it reads. On a mesh the table lies cut by rows and
     is never gathered (`kernels.vocabulary`). Where `model.packing` set `packed`, which is not on a mesh, `w` holds codes, several
-    in a byte along a row, `packed_scale` is [V, blocks], and a lookup decodes the rows it reads.
+    in a byte along a row, `packed_scale` is [V, blocks], a lookup decodes the rows it reads, and the head is `scores` alone.
     """
 
     def __init__(self, vocab: int, width: Dims, scale_dim: int, *, role: str, std: float, rngs: nnx.Rngs, dtype: str):
@@ -32,9 +37,7 @@ class Embedding(nnx.Module):
     def lookup(self, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Rows of int32 tokens [B, T] times sqrt(scale_dim) *rounded to dtype*, as bfloat16 checkpoints were trained."""
         if self.packed is not None:
-            scale = value_of(self.packed_scale)
-            assert scale is not None
-            rows = vocabulary.narrowed(self.packed.decode(self.w[...][tokens_BT], scale[tokens_BT], -1), dtype)
+            rows = self._decoded(lambda codes_or_scale: codes_or_scale[tokens_BT], dtype)
         elif current_mesh() is None:
             rows = vocabulary.narrowed(self._round(slices.rows(self.w[...], tokens_BT)), dtype)
         else:
@@ -55,6 +58,30 @@ class Embedding(nnx.Module):
         if self.grid is None or current_mesh() is None:
             return self.rounded().astype(dtype)
         return vocabulary.rounded(self.w[...], dtype, self._round)
+
+    def scores(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., V]: hidden states [..., W] times the table; of codes, PART rows are decoded at a time."""
+        if current_mesh() is not None:
+            return vocabulary.logits(hidden, self.head(hidden.dtype))
+        if self.packed is None:
+            return jnp.einsum("...D,VD->...V", hidden, self.head(hidden.dtype), preferred_element_type=jnp.float32)
+        rows = self.w[...].shape[0]
+        part = min(PART, rows)
+
+        def add(index, out):
+            start = jnp.minimum(index * part, rows - part)  # the last part may begin within the one before
+            table = self._decoded(lambda x: jax.lax.dynamic_slice_in_dim(x, start, part), hidden.dtype)
+            found = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+            return jax.lax.dynamic_update_slice_in_dim(out, found, start, -1)
+
+        return jax.lax.fori_loop(0, -(-rows // part), add, jnp.zeros((*hidden.shape[:-1], rows), jnp.float32))
+
+    def _decoded(self, of: Callable[[jax.Array], jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Rows of a packed table, whose codes and scales `of` takes from all."""
+        scale = value_of(self.packed_scale)
+        assert self.packed is not None
+        assert scale is not None
+        return vocabulary.narrowed(self.packed.decode(of(self.w[...]), of(scale), -1), dtype)
 
     def _round(self, rows: jax.Array) -> jax.Array:
         return rows if self.grid is None else self.grid.fake_quant(rows, axis=-1)

@@ -21,7 +21,7 @@ from gemma4_jax.tables import table
 M = TypeVar("M", bound=nnx.Module)
 
 LOOKED_UP = "per_layer_embedding"
-"""The role of tables that are only read by rows: most of E2B's bytes."""
+"""The role of the table that is only read by rows: most of E2B's bytes."""
 
 
 def grids_for(model: nnx.Module, policy: PolicyName) -> dict[str, str]:
@@ -40,8 +40,8 @@ def packed(model: M, grids: Mapping[str, str], *, consume: bool = False) -> M:
     """The model with the weights at these paths as codes; they have no grid any more, tables keep theirs. Arrays may be abstract.
 
     A weight that lies on that grid already, with learned scales or not, keeps its codes; an adapter it has is in them, and gone.
-    With `consume` a weight's array is deleted once its codes exist, so that not all exist twice. A table that is only read by rows
-    (`tables`) may be among the paths; not on a mesh.
+    With `consume` a weight's array is deleted once its codes exist, so that not all exist twice. Tables may be among the paths; not
+    on a mesh.
 
     Raises:
       UserError: a path that is no weight here, or a weight whose codes do not fill bytes.
@@ -77,8 +77,8 @@ def packed(model: M, grids: Mapping[str, str], *, consume: bool = False) -> M:
 
 
 def tables(model: nnx.Module) -> set[str]:
-    """Dotted paths of the tables that are only read by rows: the per-layer embeddings."""
-    return {path for path, module in modules(model) if isinstance(module, Embedding) and module.role == LOOKED_UP}
+    """Dotted paths of the embeddings of tokens, and of tokens and layers."""
+    return {path for path, module in modules(model) if isinstance(module, Embedding)}
 
 
 def packed_names(model: nnx.Module) -> dict[str, str]:

@@ -8,7 +8,6 @@ from flax import nnx
 
 from gemma4_jax.config import KINDS, LayerKind, ModelConfig
 from gemma4_jax.errors import UserError
-from gemma4_jax.kernels import vocabulary
 from gemma4_jax.model.attention import Places
 from gemma4_jax.model.audio import AudioTower
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
@@ -22,7 +21,7 @@ from gemma4_jax.model.parameters import map_arrays
 from gemma4_jax.model.rope import Rotation, rotation
 from gemma4_jax.model.stack import Collect, LayerStack
 from gemma4_jax.model.vision import VisionTower
-from gemma4_jax.sharding import constrain, current_mesh, parameter_shardings
+from gemma4_jax.sharding import constrain, parameter_shardings
 
 
 def softcap(logits: jax.Array, cap: float | None) -> jax.Array:
@@ -184,12 +183,7 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 soft-capped logits [..., V] of hidden states [..., D]."""
-        table = self.embed.head(hidden.dtype)
-        if current_mesh() is None:
-            out = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
-        else:
-            out = vocabulary.logits(hidden, table)
-        return softcap(out, self.cfg.final_logit_softcapping)
+        return softcap(self.embed.scores(hidden), self.cfg.final_logit_softcapping)
 
     def __call__(
         self,
