@@ -2,9 +2,9 @@
 
     python -m benchmarks.real_size [--variant e2b] [--tokens 16] [--packed q4_0] [--home DIR]
 
-With `--packed` the weights are rounded to that policy's grids and stay codes in memory (`sample.packed`). Needs 10 GB of disk in DIR
-(by default the directory for temporary files), free again afterwards. The answering is a process of its own, so that the peak is its
-own.
+With `--packed` the weights are rounded to that policy's grids and stay codes in memory (`sample.packed`). Needs 10 GB of disk in
+DIR (by default the directory for temporary files), free again afterwards. The answering is a process of its own, so that the peak
+is its own.
 """
 
 import argparse
