@@ -141,6 +141,35 @@ def test_two_processes_look_and_listen_as_one(tmp_path: Path):
     np.testing.assert_allclose(*norms, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_two_processes_keep_what_a_teacher_said_to_each_of_them(tmp_path: Path):
+    """Each asks about all rows and writes down the answers to its own, which one process can go by afterwards."""
+    asking = [
+        *("--config=configs/tiny_qat.py", "--config.model.path=none", "--config.model.variant=tiny_31b"),
+        *(
+            "--config.eval_data=none",
+            "--config.data.batch_size=2",
+            "--config.train.steps=3",
+            "--config.train.log_every=1",
+        ),
+        *(
+            "--config.optim.warmup_steps=1",
+            "--config.optim.learning_rate=1e-4",
+            f"--config.quant.teacher_cache={tmp_path}/said",
+        ),
+        *(f"--config.model.overrides.{key}={value}" for key, value in SIZES.items()),
+    ]
+    first, _ = as_srun(tmp_path / "two", base=asking)
+    assert "teacher: 3 batches, 0 of them answered before" in first
+    assert all((tmp_path / "said" / f"answers-0000{index}.bin").stat().st_size for index in range(2))
+    (out,) = finish(start(tmp_path / "one", base=asking))
+    assert "teacher: 3 batches, 3 of them answered before" in out
+    for name in ("train/loss", "train/kl"):
+        expected, found = (values(tmp_path / where, name) for where in ("one", "two"))
+        assert len(expected) == 3
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_processes_that_do_not_meet_are_one_sentence(tmp_path: Path):
     options = ["coordinator=localhost:1", "count=2"]
     process = start(tmp_path, *(f"--config.processes.{option}" for option in options))
