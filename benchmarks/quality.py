@@ -1,4 +1,6 @@
-"""What QAT wins back on real text: `python -m benchmarks.quality [--policies q4_0 ...] [--steps N] [--extra N] [--home DIR]`.
+"""What QAT wins back on real text.
+
+    python -m benchmarks.quality [--policies q4_0 ...] [--steps N] [--extra N] [--rate LR] [--home DIR]
 
 A tiny E2B learns grade-school problems (GSM8K in ../shared/data) from random weights. Then the same weights train on, once in
 float, once for each policy with rounding, with the same steps, rows and learning rate; the teacher of those is the float model that
@@ -19,17 +21,18 @@ RESULTS = Path(__file__).parent / "results"
 
 def main() -> None:
     """Trains, compares, and copies the report into results/."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--policies", nargs="+", default=["q4_0", "w4a16", "mobile"])
     parser.add_argument("--steps", type=int, default=800, help="of the first training")
-    parser.add_argument("--extra", type=int, default=200, help="of each training after it")
+    parser.add_argument("--extra", type=int, default=400, help="of each training after it")
+    parser.add_argument("--rate", type=float, default=6e-4, help="learning rate of each training after the first")
     parser.add_argument("--home", type=Path, default=ROOT / "runs" / "quality")
     options = parser.parse_args()
     if not DATA.is_dir():
         sys.exit(
             "benchmarks: the shared test data is not beside the project (../shared/data), so there is no real text."
         )
-    commands = stages(options.home, options.policies, options.steps, options.extra)
+    commands = stages(options.home, options.policies, options.steps, options.extra, options.rate)
     for command in commands:
         print(" ".join(command), flush=True)
         subprocess.run([sys.executable, *command[1:]], cwd=ROOT, check=True)  # noqa: S603
@@ -38,10 +41,10 @@ def main() -> None:
         shutil.copy(options.home / "report" / name, RESULTS / name)
 
 
-def stages(home: Path, policies: list[str], steps: int, extra: int) -> list[list[str]]:
+def stages(home: Path, policies: list[str], steps: int, extra: int, rate: float) -> list[list[str]]:
     """The commands, one after the other."""
     data = [f"data.paths={DATA}/gsm8k_train.jsonl", "data.kind=qa", "data.seq_len=1024", "data.batch_size=2"]
-    more = ["optim.learning_rate=3e-4", "optim.warmup_steps=10", f"train.steps={extra}", "data.seed=1"]
+    more = [f"optim.learning_rate={rate}", "optim.warmup_steps=10", f"train.steps={extra}", "data.seed=1"]
     quiet = ["eval_data=none", "train.eval_every=0", "train.log_every=50"]
     first = [*data, *quiet, f"workdir={home}/base", f"train.steps={steps}", f"train.save_every={steps}"]
     on = [*data, *quiet, *more, f"model.path={home}/base"]

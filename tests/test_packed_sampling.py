@@ -9,8 +9,10 @@ from gemma4_jax.config import ModelConfig
 from gemma4_jax.errors import UserError
 from gemma4_jax.infer.generate import Sampler
 from gemma4_jax.infer.weights import decoder_of, parts_of
-from gemma4_jax.model import embed
+from gemma4_jax.model import embed, packing
+from gemma4_jax.model.decode import Decoder
 from gemma4_jax.model.embed import Embedding
+from gemma4_jax.model.kv import empty_cache
 from gemma4_jax.model.linear import Weight
 from gemma4_jax.model.parameters import arrays, map_arrays, modules
 from gemma4_jax.model.transformer import init
@@ -86,6 +88,7 @@ def test_bytes_fall(model):
 def test_tables_are_read_among_codes(policy, rows, monkeypatch):
     """Rows of codes are decoded where they are read, some at a time for the head; not on a mesh, where rows travel as numbers."""
     monkeypatch.setattr(embed, "PART", rows)
+    monkeypatch.setattr(packing, "PART", rows * 64)
     sizes = dict(layer_period=2, num_hidden_layers=4, num_kv_shared_layers=2, hidden_size=64, intermediate_size=64)
     cfg = ModelConfig.variant("tiny_e2b", vocab_size=128, **sizes)
     plain = init(cfg, 1)
@@ -104,6 +107,18 @@ def test_tables_are_read_among_codes(policy, rows, monkeypatch):
         whole = parts_of(model, packed=True)[0]
         assert whole.per_layer is not None
         assert {table.w[...].dtype for table in (whole.embed, whole.per_layer.table)} == {np.dtype("float32")}
+
+
+def test_weights_are_decoded_one_after_the_other():
+    """A step's temporaries: XLA for CPUs decoded all layers first, which took more memory than weights that are no codes."""
+    cfg = ModelConfig.variant("tiny_31b", num_hidden_layers=6, vocab_size=128, hidden_size=256, intermediate_size=2048)
+    decoder = parts_of(apply(init(cfg, 1), QuantConfig()), packed=True)[0]
+    weights = [module.w[...].size * 2 for _, module in modules(decoder) if isinstance(module, Weight)]
+    tokens = jnp.zeros((1, 1), "int32")
+    cache = empty_cache(cfg, 1, 64, dtype="float32")
+    memory = jax.jit(Decoder.step).lower(decoder, tokens, tokens, cache).compile().memory_analysis()
+    assert memory is not None
+    assert max(weights) * 4 <= memory.temp_size_in_bytes < 4 * max(weights) * 4 < sum(weights) * 4 / 4
 
 
 def test_there_must_be_codes():

@@ -15,6 +15,7 @@ from flax import nnx
 
 from gemma4_jax.config import LayerKind, ModelConfig
 from gemma4_jax.kernels.cached import Codes, Fresh
+from gemma4_jax.kernels.order import never
 from gemma4_jax.model.embed import Embedding, PerLayerInputs
 from gemma4_jax.model.kv import (
     KV,
@@ -92,9 +93,8 @@ class Decoder(nnx.Module):
         h = self.final_norm(h)
         # XLA must see that all reading comes before any writing, or it writes to a copy of every ring: so the slots depend on
         # what was read, by a comparison that never holds.
-        never = jnp.abs(h[0, 0, 0].astype(jnp.float32)) > NEVER
         slot = {
-            kind: jnp.where(never, where.shape[1], slot_of(positions_BT, where.shape[1]))
+            kind: jnp.where(never(h), where.shape[1], slot_of(positions_BT, where.shape[1]))
             for kind, where in cache.positions.items()
         }
         positions: dict[LayerKind, jax.Array] = {
@@ -105,10 +105,6 @@ class Decoder(nnx.Module):
             for old, one, layer in zip(cache.layers, new, self.layers[: len(new)], strict=True)
         )
         return h, Cache(tuple(written), positions)
-
-
-NEVER = 1e38
-"""No hidden state behind the final norm is as large."""
 
 
 def _heads_first(x_BTK: Any) -> Any:

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gemma4_jax.kernels.order import not_before
 from gemma4_jax.sharding import current_mesh
+
+M = TypeVar("M", bound=nnx.Module)
 
 Dims = Mapping[str, int]
 """Ordered names and sizes of array dims; `gemma4_jax.sharding` maps the names to mesh axes."""
@@ -163,6 +166,16 @@ class Weight(nnx.Module):
         assert self.grid is not None
         return self.grid.encode(self.as_matrix(self.summed()), -2, value_of(self.grid_scale))
 
+    def at(self, h: jax.Array) -> Self:
+        """The same weight, for the place in a program where hidden states `h` are multiplied with it: codes wait for them."""
+        if (
+            self.packed is None or current_mesh() is not None
+        ):  # where `h` lies cut, no device has its first number at hand
+            return self
+        new: Any = jax.tree.map(lambda x: x, self)
+        new.w = new.w.replace(not_before(h, new.w.get_value()))
+        return new
+
     def learn_scales(self) -> None:
         """Makes the scales of the grid a parameter, which starts where the grid's rule has them."""
         names, _ = self._stack()
@@ -199,9 +212,6 @@ class Weight(nnx.Module):
         return w.reshape(*w.shape[:cut], math.prod(w.shape[cut : cut + self.n_in]), -1)
 
 
-M = TypeVar("M", bound=nnx.Module)
-
-
 def multiplies_in(role: str, dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike | None:
     """The dtype that weights of this role are cast to for use, in a model that computes in `dtype`; None: left as stored.
 
@@ -235,7 +245,7 @@ class Linear(Weight):
     adapts_beside = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        w = self.rounded().astype(x.dtype)
+        w = self.at(x).rounded().astype(x.dtype)
         lead, width = x.shape[: x.ndim - self.n_in], math.prod(w.shape[: self.n_in])
         # One plain matrix product; on a mesh batch and length may both be cut, and must not be folded into one dim.
         rows = lead if current_mesh() is not None else (math.prod(lead),)

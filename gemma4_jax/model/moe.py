@@ -105,7 +105,7 @@ class Experts(nnx.Module):
             x_BTD, gate = rounding.enter(x_BTD, None), _rounded_gate(rounding)
         if self.gate_up.packed is not None and index_BTk.size < self.num_experts and current_mesh() is None:
             return self._few(x_BTD, weights_BTk, index_BTk, gate)
-        gate_up, down = (weight.rounded().astype(x_BTD.dtype) for weight in (self.gate_up, self.down))
+        gate_up, down = (weight.at(x_BTD).rounded().astype(x_BTD.dtype) for weight in (self.gate_up, self.down))
         with jax.named_scope("experts"):
             return experts(x_BTD, weights_BTk, index_BTk, gate_up, down, gate)
 
