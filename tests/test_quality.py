@@ -130,7 +130,7 @@ def test_the_bars_are_drawn(tmp_path):
     for words in (
         "rounded after training",
         "perplexity above float (10.000)",
-        " 4 ",
-        " 1 ",
+        " 4.000 ",
+        " 1.000 ",
     ):  # the heights of both bars
         assert f"<!-- {words.strip()} -->" in drawing

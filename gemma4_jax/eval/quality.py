@@ -120,7 +120,7 @@ def plot(found: Sequence[Quality], path: str) -> None:
         bars = axes.bar(
             [i + 0.4 * shift for i in range(len(shown))], [one.perplexity - base for one in shown], 0.38, label=label
         )
-        axes.bar_label(bars, fmt="%.3g")
+        axes.bar_label(bars, fmt=lambda lost: f"{round(lost, 3) + 0.0:.3f}")  # no "-0.000"
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks([i + 0.2 for i in range(len(trained))], [one.name for one in trained])
     axes.set_ylabel(f"perplexity above float ({base:.3f})")
