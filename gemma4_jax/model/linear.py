@@ -43,6 +43,10 @@ class PackedGrid(Protocol):
         """float32 values of packed codes [*stack, inputs, outputs] and scales [*stack, blocks, outputs]."""
         ...
 
+    def dot(self, x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
+        """x [..., inputs] times these values of one matrix, in x's dtype."""
+        ...
+
 
 class Rounding(Protocol):
     """How activations round; `gemma4_jax.quant.activations` has the real ones. Must be hashable. `static`: by given scales."""
@@ -245,16 +249,23 @@ class Linear(Weight):
     adapts_beside = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        w = self.at(x).rounded().astype(x.dtype)
-        lead, width = x.shape[: x.ndim - self.n_in], math.prod(w.shape[: self.n_in])
+        lead, outputs = x.shape[: x.ndim - self.n_in], self.w.get_value().shape[-self.n_out :]
         # One plain matrix product; on a mesh batch and length may both be cut, and must not be folded into one dim.
         rows = lead if current_mesh() is not None else (math.prod(lead),)
-        x = x.reshape(*rows, width)
+        x = x.reshape(*rows, math.prod(x.shape[len(lead) :]))
         if self.activations is not None:
             x = self.activations.enter(x, value_of(self.input_scale))
-        out = x @ w.reshape(width, -1)
+        out = self._product(x)
         if self.adapter is not None and not self.sums:
             out = out + self.adapter(x)
         if self.activations is not None:
             out = self.activations.leave(out, value_of(self.output_scale))
-        return out.reshape(*lead, *w.shape[self.n_in :])
+        return out.reshape(*lead, *outputs)
+
+    def _product(self, x: jax.Array) -> jax.Array:
+        """x [..., inputs] times the weight as a matrix, without an adapter that is a product of its own."""
+        scale = value_of(self.packed_scale)
+        if self.packed is None or scale is None or self.grid is not None or self.sums:
+            return x @ self.as_matrix(self.rounded()).astype(x.dtype)
+        codes = self.as_matrix(self.at(x).w.get_value())
+        return self.packed.dot(x, codes, scale.reshape(-1, codes.shape[-1]))

@@ -59,3 +59,21 @@ class Packed:
     def decode(self, packed: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
         """float32 values; `scale` has one entry per block along `axis`, as the grid's `encode` gives them."""
         return self.grid.decode(self.codes(packed, axis), scale, axis)
+
+    def dot(self, x: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
+        """x [..., inputs] times the values of codes [inputs / per_byte, outputs] with scales [blocks, outputs], in x's dtype.
+
+        The codes at one place of all bytes are a matrix of their own, which meets every `per_byte`-th input. Put side by side first
+        (`decode`) they take four times the traffic of a v5e's memory: of ten layers of E2B and a head of 65,536 tokens 19.8 GB in
+        place of 5.0 for one token, as XLA counts it.
+        """
+        bits, (count, outputs) = self.grid.code_bits, packed.shape
+        mask, middle = jnp.uint8((1 << bits) - 1), 1 << (bits - 1)
+        scales = scale.astype(jnp.float32)[:, None]
+        x = x.reshape(*x.shape[:-1], count, self.per_byte)
+        total = jnp.zeros((*x.shape[:-2], outputs), jnp.float32)
+        for place in range(self.per_byte):
+            codes = ((packed >> jnp.uint8(bits * place)) & mask).astype(jnp.float32) - middle
+            w = (codes.reshape(len(scale), -1, outputs) * scales).reshape(count, outputs).astype(x.dtype)
+            total += jnp.einsum("...k,kn->...n", x[..., place], w, preferred_element_type=jnp.float32)
+        return total.astype(x.dtype)
