@@ -1,5 +1,7 @@
 """Random models on grids, for the tests of exports: every array is random, norms and scalars too."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,7 +12,7 @@ from gemma4_jax.model.transformer import Transformer, abstract
 from gemma4_jax.quant import policy
 
 
-def random_model(variant: str, seed: int = 0) -> Transformer:
+def random_model(variant: str, seed: int = 0, **changes: Any) -> Transformer:
     """A float32 model whose arrays are all drawn with numpy: nothing is compiled, no value is a constant."""
     rng = np.random.default_rng(seed)
 
@@ -19,7 +21,7 @@ def random_model(variant: str, seed: int = 0) -> Transformer:
         scale = 0.05 if name.endswith(".w") else 0.1
         return jnp.asarray(rng.standard_normal(shape, np.float32) * scale + (0 if name.endswith(".w") else 1))
 
-    return map_arrays(draw, abstract(ModelConfig.variant(variant), "float32"))
+    return map_arrays(draw, abstract(ModelConfig.variant(variant, **changes), "float32"))
 
 
 def on_policy(model: Transformer, name: str, **options) -> Transformer:
