@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, choices=range(1, 100), metavar="N", default=5, help="timed, by each side")
     parser.add_argument("--rows", type=int, choices=range(1, 100), metavar="N", default=ROWS, help="of the batch")
     add_peers(parser, PEERS)
-    parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
+    parser.add_argument("--save", action="store_true", help="keep the records in benchmarks/results")
     options = parser.parse_args()
     peers = given_peers(parser, options.peer, PEERS)
     try:

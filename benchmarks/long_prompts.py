@@ -20,7 +20,7 @@ LENGTHS = (4096, 8192, 16384, 32768)
 
 def read_one(variant: str, length: int) -> dict:
     """Reads a prompt of random tokens and writes two; bytes of the cache, most bytes above what was held before, seconds."""
-    from benchmarks.worker import peak_gb
+    from benchmarks.worker import peak_gb, resident_gb
     from gemma4_jax.config import ModelConfig
     from gemma4_jax.infer.engine import Engine
     from gemma4_jax.infer.request import Request
@@ -42,16 +42,11 @@ def read_one(variant: str, length: int) -> dict:
 
     engine.reserve(length + 8)
     ask(1000)  # compiles
-    before = _resident()
+    before = (resident_gb() or 0.0) * 1e9
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     seconds = ask(length)
     cache = total_bytes(engine._cache) if engine._cache is not None else 0
     return {"length": length, "peak": (peak_gb() or 0.0) * 1e9 - before, "cache": cache, "seconds": seconds}
-
-
-def _resident() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("VmRSS"))
 
 
 def main() -> None:

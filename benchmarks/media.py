@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--towers", nargs="+", choices=TOWERS, default=list(TOWERS), help="default: all")
     parser.add_argument("--turns", type=int, choices=range(1, 100), metavar="N", default=5, help="of each side")
     add_peers(parser, PEERS)
-    parser.add_argument("--save", action="store_true", help="write a JSON file into benchmarks/results")
+    parser.add_argument("--save", action="store_true", help="keep the records in benchmarks/results")
     options = parser.parse_args()
     peers = given_peers(parser, options.peer, PEERS)
     try:

@@ -80,7 +80,7 @@ def test_bytes_fall(model):
 
     codes, floats = size(parts_of(model, packed=True)[0]), size(decoder_of(model))
     assert codes[False] == floats[False]
-    # 4 bits and a scale of 16 for 32 weights, against 32 bits.
+    # 4 bits and a scale of 16 bits for 32 weights, against 32 bits.
     assert codes[True] == floats[True] * (4 + 16 / 32) / 32
 
 

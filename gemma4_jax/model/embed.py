@@ -69,7 +69,7 @@ class Embedding(nnx.Module):
         part = min(PART, rows)
 
         def add(index, out):
-            start = jnp.minimum(index * part, rows - part)  # the last part may begin within the one before
+            start = index * part  # the last part begins within the one before, as slices are moved to where they fit
             table = self._decoded(lambda x: jax.lax.dynamic_slice_in_dim(x, start, part), hidden.dtype)
             found = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
             return jax.lax.dynamic_update_slice_in_dim(out, found, start, -1)

@@ -171,11 +171,8 @@ class Weight(nnx.Module):
         return self.grid.encode(self.as_matrix(self.summed()), -2, value_of(self.grid_scale))
 
     def at(self, h: jax.Array) -> Self:
-        """The same weight, for the place in a program where hidden states `h` are multiplied with it: codes wait for them.
-
-        Not on a mesh: where `h` lies cut, not every device has its first number at hand.
-        """
-        if self.packed is None or current_mesh() is not None:
+        """The same weight, for the place in a program where hidden states `h` are multiplied with it: codes wait for them."""
+        if self.packed is None:
             return self
         new: Any = jax.tree.map(lambda x: x, self)
         new.w = new.w.replace(not_before(h, new.w.get_value()))

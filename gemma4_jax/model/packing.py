@@ -1,4 +1,4 @@
-"""A model whose linear maps and experts are held as codes, a quarter of the bytes of bfloat16: to sample from, and for QLoRA."""
+"""A model whose weights are held as codes, a quarter of the bytes of bfloat16: to sample from, tables too, and for QLoRA."""
 
 from collections.abc import Mapping
 from typing import TypeVar

@@ -41,7 +41,7 @@ class Packed:
         bits, count, axis = self.grid.code_bits, self.per_byte, axis % codes.ndim
         self.check(codes.shape[axis])
         # XOR of the highest bit adds 2^(bits - 1) to a number in two's complement.
-        stored = (codes.astype(jnp.uint8) & jnp.uint8((1 << bits) - 1)) ^ jnp.uint8(1 << (bits - 1))
+        stored = (codes.astype(jnp.uint8) & jnp.uint8((1 << bits) - 1)) ^ jnp.uint8(self._middle)
         parts = jnp.moveaxis(stored.reshape(*codes.shape[:axis], -1, count, *codes.shape[axis + 1 :]), axis + 1, 0)
         out = parts[0]
         for place in range(1, count):
@@ -50,11 +50,10 @@ class Packed:
 
     def codes(self, packed: jax.Array, axis: int) -> jax.Array:
         """The int8 codes that `pack` was given."""
-        bits, axis = self.grid.code_bits, axis % packed.ndim
-        mask, middle = jnp.uint8((1 << bits) - 1), 1 << (bits - 1)
-        parts = [(packed >> jnp.uint8(bits * place)) & mask for place in range(self.per_byte)]
-        stored = jnp.stack(parts, axis=axis + 1).reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
-        return (stored.astype(jnp.int16) - jnp.int16(middle)).astype(jnp.int8)
+        axis %= packed.ndim
+        parts = jnp.stack(self._stored(packed), axis=axis + 1)
+        stored = parts.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
+        return (stored.astype(jnp.int16) - jnp.int16(self._middle)).astype(jnp.int8)
 
     def decode(self, packed: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
         """float32 values; `scale` has one entry per block along `axis`, as the grid's `encode` gives them."""
@@ -67,13 +66,22 @@ class Packed:
         (`decode`) they take four times the traffic of a v5e's memory: of ten layers of E2B and a head of 65,536 tokens 19.8 GB in
         place of 5.0 for one token, as XLA counts it.
         """
-        bits, (count, outputs) = self.grid.code_bits, packed.shape
-        mask, middle = jnp.uint8((1 << bits) - 1), 1 << (bits - 1)
+        count, outputs = packed.shape
         scales = scale.astype(jnp.float32)[:, None]
         x = x.reshape(*x.shape[:-1], count, self.per_byte)
         total = jnp.zeros((*x.shape[:-2], outputs), jnp.float32)
-        for place in range(self.per_byte):
-            codes = ((packed >> jnp.uint8(bits * place)) & mask).astype(jnp.float32) - middle
+        for place, stored in enumerate(self._stored(packed)):
+            codes = stored.astype(jnp.float32) - self._middle
             w = (codes.reshape(len(scale), -1, outputs) * scales).reshape(count, outputs).astype(x.dtype)
             total += jnp.einsum("...k,kn->...n", x[..., place], w, preferred_element_type=jnp.float32)
         return total.astype(x.dtype)
+
+    @property
+    def _middle(self) -> int:
+        """What is added to a code so that it is stored without a sign."""
+        return 1 << (self.grid.code_bits - 1)
+
+    def _stored(self, packed: jax.Array) -> list[jax.Array]:
+        """The numbers at each place of the bytes, lowest bits first; uint8 of packed's shape."""
+        bits, mask = self.grid.code_bits, jnp.uint8((1 << self.grid.code_bits) - 1)
+        return [(packed >> jnp.uint8(bits * place)) & mask for place in range(self.per_byte)]
